@@ -1,0 +1,1 @@
+//! Tree to EROFS bytes and back.
