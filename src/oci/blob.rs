@@ -1,0 +1,1 @@
+//! A blob as a stream that survives what registries do to connections.

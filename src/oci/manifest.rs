@@ -1,0 +1,1 @@
+//! Manifests, indexes and configurations: their media types, their sizes, and what of them the converter needs.
