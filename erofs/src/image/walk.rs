@@ -1,0 +1,1 @@
+//! One verified pass over all names of an image.
