@@ -47,3 +47,47 @@ pub enum EntryKind {
     /// The path of lower layers is removed.
     Whiteout,
 }
+
+/// A layer tree that breaks a rule, or bytes that are not one.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LayerError {
+    /// Not a layer tree at all, or one of a newer format.
+    #[error("not a layer tree this version of Slipway reads; upgrade Slipway or convert the layer again")]
+    UnknownFormat,
+    /// The bytes break off or break a rule of the encoding.
+    #[error("layer tree is damaged at byte {offset}: {rule}; convert the layer again")]
+    Malformed {
+        /// Where in the file.
+        offset: usize,
+        /// The rule.
+        rule: &'static str,
+    },
+    /// An entry that no tree may hold.
+    #[error("layer entry {}: {rule}", path.escape_ascii())]
+    Entry {
+        /// The entry's path.
+        path: Vec<u8>,
+        /// The rule it breaks.
+        rule: &'static str,
+    },
+}
+
+#[allow(clippy::todo)]
+impl LayerTree {
+    /// Sorts entries, adds parents that are not listed as implicit directories and checks every rule [`decode`](Self::decode) relies on.
+    pub fn new(packs: Vec<PackRef>, entries: Vec<Entry>) -> Result<LayerTree, LayerError> {
+        let _ = (packs, entries);
+        todo!()
+    }
+
+    /// The file form, uncompressed. The layer tree's name is the BLAKE3 of these bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        todo!()
+    }
+
+    /// Reads the file form. Takes any bytes without panicking, and needs memory in proportion to their length.
+    pub fn decode(bytes: &[u8]) -> Result<LayerTree, LayerError> {
+        let _ = bytes;
+        todo!()
+    }
+}
