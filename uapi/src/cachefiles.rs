@@ -233,8 +233,9 @@ impl Device {
     }
 
     fn command(&self, command: &[u8]) -> io::Result<()> {
-        let written = rustix::io::retry_on_intr(|| rustix::io::write(&self.0, command))
-            .map_err(|e| io::Error::new(io::Error::from(e).kind(), CommandRefused { command: String::from_utf8_lossy(command).into_owned(), errno: e }))?;
+        let written = rustix::io::retry_on_intr(|| rustix::io::write(&self.0, command)).map_err(|e| {
+            io::Error::new(io::Error::from(e).kind(), CommandRefused { command: String::from_utf8_lossy(command).into_owned(), errno: e })
+        })?;
         if written == command.len() { Ok(()) } else { Err(io::Error::new(io::ErrorKind::WriteZero, "cachefiles took a command in part")) }
     }
 }

@@ -92,8 +92,7 @@ impl<'a> Context<'a> {
 
     fn set(&self, key: &str, value: impl AsRef<OsStr>) -> Result<(), MountError> {
         let value = value.as_ref();
-        rustix::mount::fsconfig_set_string(&self.fd, key, value)
-            .map_err(|e| self.error(format!("option {key}={}", value.to_string_lossy()), e))
+        rustix::mount::fsconfig_set_string(&self.fd, key, value).map_err(|e| self.error(format!("option {key}={}", value.to_string_lossy()), e))
     }
 
     fn set_flag(&self, key: &str) -> Result<(), MountError> {
@@ -138,7 +137,9 @@ pub fn erofs_file_backed<P: AsRef<Path>>(metadata: &Path, devices: &[P], at: &Pa
     }
     context.mount(SEALED).map_err(|error| match error {
         // Without file-backed mounts the kernel looks for a block device and says ENOTBLK (`fs/super.c`, get_tree_bdev).
-        MountError::Refused { fs, kernel, source, .. } if source.raw_os_error() == Some(libc::ENOTBLK) => MountError::Unsupported { fs, kernel, source },
+        MountError::Refused { fs, kernel, source, .. } if source.raw_os_error() == Some(libc::ENOTBLK) => {
+            MountError::Unsupported { fs, kernel, source }
+        }
         other => other,
     })
 }
@@ -311,12 +312,20 @@ mod tests {
     fn mount_lines_are_understood() {
         let check = |line: &str, expected: Option<(u32, &str, &str, &str, &str)>| {
             let parsed = parse_mountinfo(line.as_bytes());
-            let got = parsed.first().map(|e| (e.id, e.mount_point.to_str().expect("text"), e.fs_type.as_str(), e.source.to_str().expect("text"), e.fs_options.as_str()));
+            let got = parsed
+                .first()
+                .map(|e| (e.id, e.mount_point.to_str().expect("text"), e.fs_type.as_str(), e.source.to_str().expect("text"), e.fs_options.as_str()));
             assert_eq!(got, expected, "{line}");
         };
-        check("36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue", Some((36, "/mnt2", "ext3", "/dev/root", "rw,errors=continue")));
+        check(
+            "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue",
+            Some((36, "/mnt2", "ext3", "/dev/root", "rw,errors=continue")),
+        );
         check("36 35 0:5 / /a\\040b rw - erofs /x\\134y ro", Some((36, "/a b", "erofs", "/x\\y", "ro")));
-        check("36 35 0:5 / /many rw shared:1 master:2 propagate_from:3 unbindable - fuse.slipway slipway ro", Some((36, "/many", "fuse.slipway", "slipway", "ro")));
+        check(
+            "36 35 0:5 / /many rw shared:1 master:2 propagate_from:3 unbindable - fuse.slipway slipway ro",
+            Some((36, "/many", "fuse.slipway", "slipway", "ro")),
+        );
         check("36 35 0:5 / /cut\\04 rw - tmpfs none rw", Some((36, "/cut\\04", "tmpfs", "none", "rw")));
         check("", None);
         check("36 35 0:5 / /no-separator rw shared:1", None);
