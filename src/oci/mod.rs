@@ -3,8 +3,8 @@
 //! [`Source`] is the entrance: it finds the manifest for a platform, verifies manifest and configuration, and opens layers as
 //! streams of compressed bytes. What a stream carries is untrusted until a [`VerifyReader`] has seen its end.
 //!
-//! Low to high: [`digest`], [`reference`], [`platform`], [`verify`], [`manifest`], then the two places an image can be,
-//! [`registry`] and [`layout`], and [`source`] over both.
+//! Low to high: [`digest`], [`reference`], [`platform`], [`verify`], [`manifest`], then the two places an image can be:
+//! [`registry`] (with [`challenge`] and [`blob`]) and [`layout`], and [`source`] over both.
 
 use std::io;
 use std::path::PathBuf;
@@ -14,10 +14,13 @@ pub mod reference;
 pub mod platform;
 pub mod verify;
 pub mod manifest;
+pub mod challenge;
 pub mod registry;
 pub mod blob;
 pub mod layout;
 pub mod source;
+#[cfg(test)]
+mod odd_registry;
 
 pub use digest::{ChainId, DiffId, Sha256, chain_ids};
 pub use platform::Platform;
@@ -55,7 +58,9 @@ pub enum OciError {
         available: Vec<String>,
     },
     /// The registry wants a login for this.
-    #[error("{host} refuses anonymous access to {what} (HTTP status {status}): images are read without login, so make the repository public or check its name")]
+    #[error(
+        "{host} refuses anonymous access to {what} (HTTP status {status}): images are read without login, so make the repository public or check its name"
+    )]
     Denied {
         /// Registry host.
         host: String,
@@ -65,7 +70,9 @@ pub enum OciError {
         status: u16,
     },
     /// No answer from the registry, or none that ended.
-    #[error("no usable answer from {host} for {what}, tried {tries} times: check the host name, the network and, for a registry without TLS, --plain-http")]
+    #[error(
+        "no usable answer from {host} for {what}, tried {tries} times: check the host name, the network and, for a registry without TLS, --plain-http"
+    )]
     Unreachable {
         /// Host (of the registry, or where it sent us).
         host: String,
