@@ -22,7 +22,7 @@ pub mod writer;
 
 pub use place::{Piece, PlacedUnit, Placer};
 pub use table::{ChunkEntry, Codec, Footer, PackError, PackTable, UnitEntry};
-pub use unit::{EncodedUnit, UnitError, decode_unit, encode_unit};
+pub use unit::{EncodedUnit, UnitEncoder, UnitError, decode_unit, encode_unit};
 pub use writer::{FinishedPack, PackWriter, WriteError};
 
 /// Length of the footer, and of what to read from the end of a pack to begin with.
