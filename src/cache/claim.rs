@@ -1,0 +1,284 @@
+//! States of a pack's units, and who fills which: one fill per unit however many ask.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::oneshot;
+use uapi::fuse::Errno;
+
+use super::presence::Presence;
+use super::{Pack, UnitIndex, Verified};
+
+/// What an asker needs before it can answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wants {
+    /// The bytes themselves, as soon as they are verified.
+    Bytes,
+    /// That the bytes are in the local file, from where the kernel reads them itself.
+    Stored,
+}
+
+const ABSENT: u8 = 0;
+const UNCHECKED: u8 = 1;
+const FILLING: u8 = 2;
+const READY: u8 = 3;
+const STATE: u8 = 0b11;
+/// The next window of a sequential reader should be fetched when this unit is touched.
+const MARKED: u8 = 0b100;
+
+/// States of all units of one pack.
+#[derive(Debug)]
+pub struct Units {
+    states: Box<[AtomicU8]>,
+    /// Units being filled. Every change into or out of Filling is made under this lock; it is held for a map operation, never across I/O.
+    flights: Mutex<HashMap<UnitIndex, Flight>>,
+    /// Something became Ready, or ceased to be, since the last saved map.
+    changed: AtomicBool,
+    /// Units in the last saved map.
+    durable: AtomicU32,
+}
+
+type Outcome = Result<Verified, Errno>;
+
+/// One unit on its way.
+#[derive(Debug, Default)]
+struct Flight {
+    verified: Option<Verified>,
+    bytes: Vec<oneshot::Sender<Outcome>>,
+    stored: Vec<oneshot::Sender<Outcome>>,
+}
+
+/// What [`Pack::claim`] found.
+#[derive(Debug)]
+pub enum Claim {
+    /// The unit's bytes are in the local file, verified.
+    Ready,
+    /// The unit is on its way.
+    Wait(Wait),
+    /// It is the caller's to fill. To get its bytes like everyone else, claim it again and wait.
+    Fill(Fill),
+}
+
+/// The end of someone's fill.
+#[derive(Debug)]
+pub struct Wait(oneshot::Receiver<Outcome>);
+
+/// A fill ended without a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unfilled {
+    /// It was tried and did not work; the asker gets this error.
+    Failed(Errno),
+    /// The filler went away. Claim again.
+    Dropped,
+}
+
+impl Wait {
+    /// Waits for the unit.
+    pub async fn done(self) -> Result<Verified, Unfilled> {
+        match self.0.await {
+            Ok(outcome) => outcome.map_err(Unfilled::Failed),
+            Err(_) => Err(Unfilled::Dropped),
+        }
+    }
+}
+
+/// The right and duty to fill one unit. Dropping it unfinished puts the unit back to what it was and frees those who wait.
+#[derive(Debug)]
+pub struct Fill {
+    pack: Arc<Pack>,
+    unit: UnitIndex,
+    cached: bool,
+    ended: bool,
+}
+
+impl Units {
+    /// `count` units; those in `present` are trusted or have to be checked.
+    pub fn new(count: u32, present: &Presence, trusted: bool) -> Units {
+        let stored = if trusted { READY } else { UNCHECKED };
+        let state = |unit| AtomicU8::new(if present.has(UnitIndex(unit)) { stored } else { ABSENT });
+        Units { states: (0..count).map(state).collect(), flights: Mutex::default(), changed: AtomicBool::new(false), durable: AtomicU32::new(present.count()) }
+    }
+
+    /// Whether the unit's bytes can be read from the local file as they are.
+    pub fn is_ready(&self, unit: UnitIndex) -> bool {
+        // Acquire: what was written to the file before the unit became Ready is seen by whoever sees Ready.
+        self.state(unit).load(Ordering::Acquire) & STATE == READY
+    }
+
+    /// Marks a unit: touching it is the sign to fetch further.
+    pub fn mark(&self, unit: UnitIndex) {
+        self.state(unit).fetch_or(MARKED, Ordering::Relaxed);
+    }
+
+    /// Whether the unit is marked; the first to ask takes the mark away.
+    pub fn take_mark(&self, unit: UnitIndex) -> bool {
+        let state = self.state(unit);
+        state.load(Ordering::Relaxed) & MARKED != 0 && state.fetch_and(!MARKED, Ordering::Relaxed) & MARKED != 0
+    }
+
+    /// The units whose bytes are in the local file, and whether that changed since the last call with this answer. A later
+    /// [`Units::saved`] or [`Units::not_saved`] says what became of it.
+    pub fn take_changes(&self) -> Option<Presence> {
+        // Acquire pairs with the Release in `set`: the snapshot has at least what raised the flag.
+        self.changed.swap(false, Ordering::Acquire).then(|| {
+            let count = u32::try_from(self.states.len()).expect("packs have at most 2^14 units");
+            let mut present = Presence::empty(count);
+            for (index, state) in (0..).zip(&self.states) {
+                if matches!(state.load(Ordering::Acquire) & STATE, READY | UNCHECKED) {
+                    present.insert(UnitIndex(index));
+                }
+            }
+            present
+        })
+    }
+
+    /// The map of `units` units is durable, and so is their data.
+    pub fn saved(&self, units: u32) {
+        self.durable.store(units, Ordering::Release);
+    }
+
+    /// The map could not be saved; try again later.
+    pub fn not_saved(&self) {
+        self.changed.store(true, Ordering::Release);
+    }
+
+    /// Whether every unit is stored and known to be durable.
+    pub fn all_durable(&self) -> bool {
+        self.durable.load(Ordering::Acquire) as usize == self.states.len() && self.states.iter().all(|state| matches!(state.load(Ordering::Acquire) & STATE, READY | UNCHECKED))
+    }
+
+    fn state(&self, unit: UnitIndex) -> &AtomicU8 {
+        &self.states[unit.0 as usize]
+    }
+
+    /// Replaces the state and leaves the mark.
+    fn set(&self, unit: UnitIndex, to: u8) {
+        let _ = self.state(unit).fetch_update(Ordering::Release, Ordering::Relaxed, |old| Some(old & !STATE | to));
+    }
+
+    fn flights(&self) -> std::sync::MutexGuard<'_, HashMap<UnitIndex, Flight>> {
+        self.flights.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pack {
+    /// Who has this unit?
+    pub fn claim(self: &Arc<Pack>, unit: UnitIndex, wants: Wants) -> Claim {
+        if self.units.is_ready(unit) {
+            return Claim::Ready;
+        }
+        let mut flights = self.units.flights();
+        let state = self.units.state(unit).load(Ordering::Acquire) & STATE;
+        match state {
+            READY => Claim::Ready,
+            FILLING => {
+                let (tx, rx) = oneshot::channel();
+                let flight = flights.entry(unit).or_default();
+                match (&flight.verified, wants) {
+                    (Some(verified), Wants::Bytes) => drop(tx.send(Ok(verified.clone()))),
+                    (None, Wants::Bytes) => flight.bytes.push(tx),
+                    (_, Wants::Stored) => flight.stored.push(tx),
+                }
+                Claim::Wait(Wait(rx))
+            }
+            _ => Claim::Fill(self.begin(unit, state, &mut flights)),
+        }
+    }
+
+    /// The unit's fill, if it is in nobody's hands and not stored.
+    pub fn claim_absent(self: &Arc<Pack>, unit: UnitIndex) -> Option<Fill> {
+        if self.units.state(unit).load(Ordering::Relaxed) & STATE != ABSENT {
+            return None;
+        }
+        let mut flights = self.units.flights();
+        let state = self.units.state(unit).load(Ordering::Acquire) & STATE;
+        (state == ABSENT).then(|| self.begin(unit, state, &mut flights))
+    }
+
+    fn begin(self: &Arc<Pack>, unit: UnitIndex, state: u8, flights: &mut HashMap<UnitIndex, Flight>) -> Fill {
+        self.units.set(unit, FILLING);
+        flights.insert(unit, Flight::default());
+        Fill { pack: Arc::clone(self), unit, cached: state == UNCHECKED, ended: false }
+    }
+}
+
+impl Fill {
+    /// The unit to fill.
+    pub fn unit(&self) -> UnitIndex {
+        self.unit
+    }
+
+    /// Its pack.
+    pub fn pack(&self) -> &Arc<Pack> {
+        &self.pack
+    }
+
+    /// Whether an earlier process stored the unit: its bytes may be in the local file and right.
+    pub fn is_cached(&self) -> bool {
+        self.cached
+    }
+
+    /// Gives the bytes to everyone who wants bytes, now and until the fill ends.
+    pub fn verified(&self, verified: &Verified) {
+        debug_assert_eq!(verified.unit(), self.unit);
+        let waiting = {
+            let mut flights = self.pack.units.flights();
+            let flight = flights.entry(self.unit).or_default();
+            flight.verified = Some(verified.clone());
+            std::mem::take(&mut flight.bytes)
+        };
+        for tx in waiting {
+            // An asker that gave up does not matter.
+            let _ = tx.send(Ok(verified.clone()));
+        }
+    }
+
+    /// The write of the unit to the local file has returned: the unit is Ready.
+    pub fn stored(mut self, verified: Verified) {
+        self.end(READY, Some(Ok(verified)));
+    }
+
+    /// The bytes that an earlier process stored are not the unit's; they no longer count.
+    pub fn not_cached(&mut self) {
+        self.cached = false;
+        self.pack.units.changed.store(true, Ordering::Release);
+    }
+
+    /// The fill did not work. Those who wait get the error; the next asker tries anew.
+    pub fn failed(mut self, errno: Errno) {
+        self.end(self.unfilled(), Some(Err(errno)));
+    }
+
+    /// The state of a unit whose fill came to nothing.
+    fn unfilled(&self) -> u8 {
+        if self.cached { UNCHECKED } else { ABSENT }
+    }
+
+    fn end(&mut self, state: u8, outcome: Option<Outcome>) {
+        self.ended = true;
+        let units = &self.pack.units;
+        let flight = {
+            let mut flights = units.flights();
+            units.set(self.unit, state);
+            flights.remove(&self.unit).unwrap_or_default()
+        };
+        if state == READY && !self.cached {
+            // After the state, so that whoever takes the flag sees the unit.
+            units.changed.store(true, Ordering::Release);
+        }
+        let Some(outcome) = outcome else { return };
+        for tx in flight.bytes.into_iter().chain(flight.stored) {
+            // An asker that gave up does not matter.
+            let _ = tx.send(outcome.clone());
+        }
+    }
+}
+
+impl Drop for Fill {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.end(self.unfilled(), None);
+        }
+    }
+}
