@@ -1,0 +1,376 @@
+//! The holder: keeps descriptors, keeps a worker running, and does nothing else.
+//!
+//! ```text
+//!            spawn, hand over              Done              dies │ SIGHUP
+//!  (start) ──────────────────> starting ─────────> serving ───────┴──────> (start), after a pause if it keeps dying young
+//!                                  │ dies                │ SIGTERM
+//!                                  └──> (start)          └──> stopping ──> exit, mounts left in place
+//! ```
+//!
+//! One thread, one `poll` loop over signals, the worker's end and its messages. What the holder needs is opened at start, so that no full disk or
+//! hanging store can stop it later.
+
+use std::ffi::OsString;
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use sd_notify::NotifyState;
+use uapi::fdpass;
+use uapi::process::{Asked, Child, Signals, wait_readable};
+
+use super::kept::KeptFds;
+use super::protocol::{self, FdName, Message};
+
+/// Name of the kept descriptor that is the gRPC listening socket.
+pub const LISTENER: &str = "grpc";
+
+/// How long a worker that is asked to end may take: it flushes the cache and its ledger. Readers wait for as long, so it is short; killing it
+/// loses nothing that a crash would not.
+const STOP_GRACE: Duration = Duration::from_secs(10);
+
+/// A worker that lives less long than this after it was ready has died young: something it meets at once may be killing it.
+const YOUNG: Duration = Duration::from_secs(2);
+
+/// So many young deaths in a row are restarted without a pause: readers wait meanwhile, and a kill or an out-of-memory kill is soon over.
+const FREE_RESTARTS: u32 = 5;
+
+/// The pause after that, doubled for each further young death …
+const PAUSE_FIRST: Duration = Duration::from_millis(100);
+
+/// … up to this: a bug that kills every worker must not keep a core busy, and its cure must not wait long.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// When the first workers of a fresh start end so often before any was ready, and nothing is kept for anybody, the cause is the installation
+/// (configuration, permissions): the holder ends too and the service manager reports it.
+const GIVE_UP_AFTER: u32 = 3;
+
+/// Where the holder puts things and what it runs.
+#[derive(Clone, Debug)]
+pub struct HolderOptions {
+    /// Directory of the socket and of runtime state, made with mode 0700.
+    pub run_dir: PathBuf,
+    /// Directory of the state that only one daemon may use, made with mode 0700.
+    pub state_dir: PathBuf,
+    /// The gRPC socket, made with mode 0600.
+    pub socket: PathBuf,
+    /// The worker's program.
+    pub worker: PathBuf,
+    /// Its arguments.
+    pub worker_args: Vec<OsString>,
+}
+
+/// Why the holder did not start or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum HolderError {
+    /// Another daemon uses the same directory.
+    #[error("another slipwayd runs with {}: stop it first, or give this one directories of its own", lock.display())]
+    AlreadyRunning {
+        /// The lock that it holds.
+        lock: PathBuf,
+    },
+    /// Something could not be set up.
+    #[error("{what} {} failed", path.display())]
+    Setup {
+        /// What was done.
+        what: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The service could never be started.
+    #[error("the worker ended {deaths} times before it was ready, last with {last}: its own messages above say why")]
+    GaveUp {
+        /// How often.
+        deaths: u32,
+        /// How it ended the last time.
+        last: ExitStatus,
+    },
+    /// The holder's own loop failed.
+    #[error("watching the worker failed")]
+    Watch(#[source] io::Error),
+}
+
+/// Why watching one worker ended.
+enum Ended {
+    /// It died by itself.
+    Died { status: ExitStatus, ready_for: Option<Duration> },
+    /// It was asked to, so that a new one starts.
+    Reloaded,
+    /// The daemon is to end.
+    Stopped,
+}
+
+/// Runs the daemon's holder until it is asked to stop. `passed`: what the service manager kept for us.
+pub fn run(options: &HolderOptions, passed: Vec<(String, OwnedFd)>) -> Result<(), HolderError> {
+    let signals = Signals::block().map_err(HolderError::Watch)?;
+    let _locks = [lock(&options.run_dir)?, lock(&options.state_dir)?];
+    let payloads = options.run_dir.join("kept");
+    let kept = KeptFds::open(&payloads, passed).map_err(setup("opening the directory of kept descriptors", &payloads))?;
+    let mut holder = Holder { options, signals, kept, ever_ready: false };
+    holder.open_listener()?;
+    holder.keep_running()
+}
+
+struct Holder<'a> {
+    options: &'a HolderOptions,
+    signals: Signals,
+    kept: KeptFds,
+    ever_ready: bool,
+}
+
+impl Holder<'_> {
+    /// Starts worker after worker.
+    fn keep_running(&mut self) -> Result<(), HolderError> {
+        let mut young_deaths = 0;
+        loop {
+            match self.one_worker()? {
+                Ended::Stopped => return Ok(()),
+                Ended::Reloaded => young_deaths = 0,
+                Ended::Died { status, ready_for } => {
+                    young_deaths = if ready_for.is_some_and(|lived| lived >= YOUNG) { 0 } else { young_deaths + 1 };
+                    let nothing_at_stake = !self.ever_ready && self.kept.iter().all(|(name, _)| name.as_str() == LISTENER);
+                    if nothing_at_stake && young_deaths >= GIVE_UP_AFTER {
+                        return Err(HolderError::GaveUp { deaths: young_deaths, last: status });
+                    }
+                    let pause = pause_after(young_deaths);
+                    tracing::error!(%status, young_deaths, pause_ms = pause.as_millis() as u64, "the worker died; starting another");
+                    if self.pause(pause)? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Runs one worker to its end.
+    fn one_worker(&mut self) -> Result<Ended, HolderError> {
+        let (ours, theirs) = fdpass::pair().map_err(HolderError::Watch)?;
+        let mut worker =
+            Child::spawn(&self.options.worker, &self.options.worker_args, theirs).map_err(setup("starting the worker", &self.options.worker))?;
+        tracing::info!(pid = worker.id(), kept = self.kept.iter().count(), "started a worker");
+        // A worker that dies during this is noticed below.
+        let _ = self.hand_over(&ours);
+        let ended = self.watch(&mut worker, &ours);
+        if ended.is_err() {
+            worker.kill().map_err(HolderError::Watch)?;
+            worker.wait().map_err(HolderError::Watch)?;
+        }
+        ended
+    }
+
+    fn hand_over(&self, socket: &OwnedFd) -> io::Result<()> {
+        for (name, kept) in self.kept.iter() {
+            protocol::send_fd(socket, name, &kept.payload, kept.fd.as_fd())?;
+        }
+        protocol::send_done(socket)
+    }
+
+    /// Serves the worker until it has ended and everything it said is taken in.
+    fn watch(&mut self, worker: &mut Child, socket: &OwnedFd) -> Result<Ended, HolderError> {
+        let mut ready_since = None;
+        let mut asked = None;
+        let mut kill_at: Option<Instant> = None;
+        let mut open = true;
+        loop {
+            let timeout = kill_at.map(|at| at.saturating_duration_since(Instant::now()));
+            // A closed socket is readable for ever: watch the signals in its place.
+            let third = if open { socket.as_fd() } else { self.signals.as_fd() };
+            let [signal, ended, message] = wait_readable([self.signals.as_fd(), worker.as_fd(), third], timeout).map_err(HolderError::Watch)?;
+            if signal && let Some(what) = self.signals.next().map_err(HolderError::Watch)? {
+                asked = Some(if asked == Some(Asked::Stop) { Asked::Stop } else { what });
+                kill_at.get_or_insert_with(|| Instant::now() + STOP_GRACE);
+                self.announce(what);
+                worker.terminate().map_err(HolderError::Watch)?;
+            }
+            if open && message {
+                open = self.take_message(socket, &mut ready_since);
+            }
+            if ended {
+                while open {
+                    open = self.take_message(socket, &mut ready_since);
+                }
+                let status = worker.wait().map_err(HolderError::Watch)?;
+                return Ok(match asked {
+                    Some(Asked::Stop) => Ended::Stopped,
+                    Some(Asked::Reload) => Ended::Reloaded,
+                    None => Ended::Died { status, ready_for: ready_since.map(|since: Instant| since.elapsed()) },
+                });
+            }
+            if kill_at.is_some_and(|at| at <= Instant::now()) {
+                tracing::warn!(pid = worker.id(), "the worker does not end; killing it");
+                worker.kill().map_err(HolderError::Watch)?;
+                kill_at = None;
+            }
+        }
+    }
+
+    /// Takes in one message. False when the socket is at its end or speaks nonsense.
+    fn take_message(&mut self, socket: &OwnedFd, ready_since: &mut Option<Instant>) -> bool {
+        match protocol::receive(socket) {
+            Ok(Some(Message::Fd { name, payload, fd })) => {
+                tracing::info!(%name, "keeping a descriptor");
+                self.kept.keep(name, fd, payload).unwrap_or_else(|error| tracing::warn!(%error, "a kept descriptor will not survive the holder"));
+            }
+            Ok(Some(Message::Forget { name })) => {
+                tracing::info!(%name, "closing a kept descriptor");
+                self.kept.forget(&name).unwrap_or_else(|error| tracing::warn!(%name, %error, "the service manager may still keep a descriptor"));
+            }
+            Ok(Some(Message::Done)) => {
+                tracing::info!("the worker is ready");
+                *ready_since = Some(Instant::now());
+                self.ever_ready = true;
+                tell_manager(&[NotifyState::Ready, NotifyState::Status("serving")]);
+            }
+            Ok(None) => return false,
+            Err(error) => {
+                tracing::error!(%error, "the worker's messages cannot be understood; not listening to it any more");
+                return false;
+            }
+        }
+        true
+    }
+
+    fn announce(&self, asked: Asked) {
+        match asked {
+            Asked::Stop => {
+                tracing::info!("stopping; mounts stay in place");
+                tell_manager(&[NotifyState::Stopping]);
+            }
+            Asked::Reload => {
+                tracing::info!("restarting the worker");
+                tell_manager(&[NotifyState::Status("restarting the worker")]);
+            }
+        }
+    }
+
+    /// Waits, but not longer than a signal to stop. True when asked to stop.
+    fn pause(&self, pause: Duration) -> Result<bool, HolderError> {
+        let end = Instant::now() + pause;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            wait_readable([self.signals.as_fd()], Some(left)).map_err(HolderError::Watch)?;
+            match self.signals.next().map_err(HolderError::Watch)? {
+                Some(Asked::Stop) => return Ok(true),
+                Some(Asked::Reload) => return Ok(false),
+                None => {}
+            }
+        }
+    }
+
+    /// The gRPC socket: kept from before, or made now. Clients that connect while no worker runs wait in its queue.
+    fn open_listener(&mut self) -> Result<(), HolderError> {
+        let name = FdName::new(LISTENER).expect("the constant is a name");
+        let socket = &self.options.socket;
+        if self.kept.get(&name).is_some() && socket.exists() {
+            return Ok(());
+        }
+        match fs::remove_file(socket) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(setup("removing the old socket", socket)(error)),
+        }
+        private_dir(socket.parent().unwrap_or(Path::new("/")))?;
+        let listener = UnixListener::bind(socket).map_err(setup("listening on", socket))?;
+        fs::set_permissions(socket, fs::Permissions::from_mode(0o600)).map_err(setup("restricting the mode of", socket))?;
+        self.kept.keep(name, listener.into(), Vec::new()).unwrap_or_else(|error| tracing::warn!(%error, "the socket will not survive the holder"));
+        Ok(())
+    }
+}
+
+/// How long to wait before the next worker after so many young deaths in a row.
+fn pause_after(young_deaths: u32) -> Duration {
+    match young_deaths.checked_sub(FREE_RESTARTS + 1) {
+        None => Duration::ZERO,
+        // 2^16 first pauses are more than any maximum.
+        Some(doublings) => PAUSE_FIRST.saturating_mul(1 << doublings.min(16)).min(PAUSE_MAX),
+    }
+}
+
+/// Makes `dir` if missing, readable for its owner only.
+fn private_dir(dir: &Path) -> Result<(), HolderError> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(setup("making the directory", dir))
+}
+
+/// Takes the lock that says that one daemon uses `dir`. It ends with the process.
+fn lock(dir: &Path) -> Result<File, HolderError> {
+    private_dir(dir)?;
+    let path = dir.join("slipwayd.lock");
+    let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(setup("opening the lock", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(HolderError::AlreadyRunning { lock: path }),
+        Err(TryLockError::Error(error)) => Err(setup("locking", &path)(error)),
+    }
+}
+
+fn setup(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HolderError {
+    move |source| HolderError::Setup { what, path: path.to_owned(), source }
+}
+
+fn tell_manager(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "the service manager cannot be told");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(dir: &Path, script: &str) -> HolderOptions {
+        HolderOptions {
+            run_dir: dir.join("run"),
+            state_dir: dir.join("state"),
+            socket: dir.join("run/slipway.sock"),
+            worker: "/bin/sh".into(),
+            worker_args: ["-c", script].map(OsString::from).into(),
+        }
+    }
+
+    #[test]
+    fn pauses_begin_after_repeated_young_deaths_and_are_bounded() {
+        let millis = |deaths| pause_after(deaths).as_millis();
+        for (deaths, pause) in [(0, 0), (1, 0), (5, 0), (6, 100), (7, 200), (8, 400), (11, 3200), (12, 5000), (13, 5000), (u32::MAX, 5000)] {
+            assert_eq!(millis(deaths), pause, "{deaths} deaths");
+        }
+    }
+
+    #[test]
+    fn a_worker_that_never_starts_ends_the_holder() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let count = dir.path().join("count");
+        let error = run(&options(dir.path(), &format!("echo x >> {}; exit 3", count.display())), Vec::new()).expect_err("nothing to serve");
+        assert!(matches!(error, HolderError::GaveUp { deaths: GIVE_UP_AFTER, last } if last.code() == Some(3)), "{error}");
+        assert_eq!(fs::read_to_string(count).expect("count").lines().count(), GIVE_UP_AFTER as usize);
+    }
+
+    #[test]
+    fn the_socket_and_its_directory_are_the_owners_only() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let options = options(dir.path(), "exit 1");
+        run(&options, Vec::new()).expect_err("the worker ends");
+        let mode = |path: &Path| fs::metadata(path).expect("metadata").permissions().mode() & 0o7777;
+        assert_eq!([mode(&options.run_dir), mode(&options.state_dir), mode(&options.socket)], [0o700, 0o700, 0o600]);
+    }
+
+    #[test]
+    fn one_daemon_per_directory() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let options = options(dir.path(), "exit 1");
+        let held = lock(&options.state_dir).expect("lock");
+        assert!(matches!(run(&options, Vec::new()), Err(HolderError::AlreadyRunning { lock }) if lock.starts_with(&options.state_dir)));
+        drop(held);
+        assert!(matches!(run(&options, Vec::new()), Err(HolderError::GaveUp { .. })));
+    }
+}
