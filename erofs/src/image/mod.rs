@@ -13,14 +13,16 @@
 //! then   blocks                whole blocks of large directories (and of long inline files), block aligned, in the order of their inodes
 //! ```
 //!
-//! Files here: [`format`](self) constants and encodings, `checked` the gate, `plan` every number, `emit` the bytes, `reader` the views,
-//! `walk` a verified pass over all names, `dump` the text.
+//! Files here: [`format`](self) constants and encodings, `checked` the gate, `plan` every number, `dirs` how directories are cut into blocks,
+//! `emit` the bytes, `reader` and `read_dir` the views, `walk` a verified pass over all names and the tree it gives, `dump` the text.
 
 mod checked;
+mod dirs;
 mod dump;
 mod emit;
 mod format;
 mod plan;
+mod read_dir;
 mod reader;
 mod walk;
 
@@ -28,7 +30,8 @@ use std::fmt;
 
 pub use checked::{Checked, TreeError, TreeFault};
 pub use dump::dump;
-pub use reader::{Chunks, Flat, Image, ReadDir};
+pub use read_dir::ReadDir;
+pub use reader::{Chunks, Flat, Image};
 
 use crate::digest::Digest;
 use crate::meta::{Device, Time};

@@ -207,15 +207,15 @@ impl FileKind {
     }
 
     /// The type byte of a directory entry.
-    pub(super) fn dirent_code(self) -> u8 {
+    pub(in crate::image) fn dirent_code(self) -> u8 {
         self.row().1
     }
 
-    pub(super) fn from_mode(mode: u16) -> Option<FileKind> {
+    pub(in crate::image) fn from_mode(mode: u16) -> Option<FileKind> {
         Self::TABLE.iter().find(|row| row.0 == mode & Self::MODE_MASK).map(|row| row.2)
     }
 
-    pub(super) fn from_dirent_code(code: u8) -> Option<FileKind> {
+    pub(in crate::image) fn from_dirent_code(code: u8) -> Option<FileKind> {
         Self::TABLE.iter().find(|row| row.1 == code).map(|row| row.2)
     }
 
