@@ -228,9 +228,7 @@ fn has_content(mode: u16) -> bool {
 
 /// Whether a compact inode loses nothing: it has no time, so only the epoch itself will do.
 fn fits_compact(raw: &RawInode) -> bool {
-    raw.mtime == Time::default()
-        && [raw.uid, raw.gid, raw.nlink].into_iter().all(|n| n <= u32::from(u16::MAX))
-        && raw.size <= u64::from(u32::MAX)
+    raw.mtime == Time::default() && [raw.uid, raw.gid, raw.nlink].into_iter().all(|n| n <= u32::from(u16::MAX)) && raw.size <= u64::from(u32::MAX)
 }
 
 /// Where an inode of `head` bytes (with xattrs) goes, from `end` on, so that the `tail` bytes after it stay in one block: at once, or so

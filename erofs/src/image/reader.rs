@@ -6,8 +6,8 @@
 
 use super::format::{
     CHUNK_INDEX_LEN, COMPACT_LEN, COMPAT, DEVICE_SLOT_LEN, DEVICE_TABLE_AT, EXTENDED_LEN, Form, INCOMPAT, Layout, MAGIC, NID_SLOT, RawDevice,
-    RawInode, RawXattr, SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock, XATTR_ENTRY_LEN, XATTR_HEADER_LEN, XATTR_UNIT, checksum, chunk_size,
-    decode_chunk, decode_device, decode_xattr_header, join_xattr_name, u32_at, xattr_body_len,
+    RawInode, RawXattr, SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock, XATTR_ENTRY_LEN, XATTR_HEADER_LEN, XATTR_UNIT, checksum, chunk_size, decode_chunk,
+    decode_device, decode_xattr_header, join_xattr_name, u32_at, xattr_body_len,
 };
 use super::read_dir::{DirBlock, Names, ReadDir};
 use super::{DataView, DeviceSlot, DirEntry, FileKind, ImageError, InodeView, Nid};

@@ -158,12 +158,7 @@ impl Image<'_> {
     /// The tree this image was written from, with everything in it verified: it obeys every rule of [`Checked`], link counts are right.
     /// Inodes are numbered depth first by name.
     pub fn to_tree(&self) -> Result<Tree, ImageError> {
-        let mut builder = Builder {
-            image: *self,
-            inodes: Vec::new(),
-            links: Vec::new(),
-            units: vec![None; self.devices().len()],
-        };
+        let mut builder = Builder { image: *self, inodes: Vec::new(), links: Vec::new(), units: vec![None; self.devices().len()] };
         for visit in Walk::new(*self) {
             builder.add(visit?)?;
         }
