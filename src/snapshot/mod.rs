@@ -1,1 +1,60 @@
-//! To be written.
+//! The snapshotter: what containerd talks to. A `snapshots/v1` proxy plugin over a unix socket.
+//!
+//! Plain images behave exactly as with containerd's own overlayfs snapshotter. A pull announces each layer with the label
+//! [`TARGET_REF`] = chain X; when the image of chain X can be had ([`LowerImages::known`]), a *lazy* snapshot is committed at once and
+//! containerd is told it exists already, so it fetches and unpacks nothing. The image is mounted when something is put on top of it.
+//!
+//! Low to high: [`proto`] (the wire), [`ledger`] (what exists), [`filter`] (what a listing asks for), [`mounts`] (which mounts a
+//! snapshot needs), [`dirs`] (where plain content lives), [`usage`] (what it takes), [`lowers`] (images mounted while in use),
+//! [`requests`] (what each call does) and [`service`] (the calls themselves).
+
+use std::path::PathBuf;
+
+pub mod proto;
+pub mod ledger;
+pub mod filter;
+pub mod mounts;
+pub mod dirs;
+pub mod usage;
+pub mod lowers;
+pub mod requests;
+pub mod service;
+
+pub use lowers::LowerImages;
+pub use requests::Snapshots;
+pub use service::serve;
+
+use ledger::LedgerError;
+
+/// Label by which containerd names the chain a snapshot is prepared for (`core/snapshots/snapshotter.go`), as `sha256:<hex>`.
+pub const TARGET_REF: &str = "containerd.io/snapshot.ref";
+
+/// Why the snapshotter cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// Its record of snapshots cannot be used.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// A directory it needs cannot be made or read.
+    #[error("{}: cannot be set up as a directory for snapshots: check that the state directory is writable", .path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// What the file system says.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Overlayfs could not be told this path.
+    #[error("{}: a state directory must be UTF-8 without ':', ',' or '\\', which mean something else in overlayfs options: choose another", .path.display())]
+    UnfitPath {
+        /// The state directory.
+        path: PathBuf,
+    },
+    /// The gRPC server stopped.
+    #[error("serving the snapshots API failed")]
+    Serve {
+        /// What the server says.
+        #[source]
+        source: tonic::transport::Error,
+    },
+}

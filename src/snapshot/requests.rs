@@ -1,0 +1,274 @@
+//! What each call does: ledger, directories and images together.
+//!
+//! A call that has begun runs to its end even if containerd hangs up, so nothing is left half done by an aborted pull.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fs;
+use std::io;
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::dirs::Dirs;
+use super::ledger::{Kind, Ledger, LedgerError, Lineage, NewSnapshot, Row, SnapshotId, Stamp, Usage};
+use super::lowers::{LowerError, LowerImages, Lowers};
+use super::mounts::Layout;
+use super::proto::Mount;
+use super::{SnapshotError, TARGET_REF, usage};
+use crate::oci::{ChainId, Sha256};
+
+/// Present when the kernel's overlayfs knows the option `index`.
+const OVERLAY_INDEX: &str = "/sys/module/overlay/parameters/index";
+/// The words of `/proc/self/uid_map` in the initial user namespace.
+const WHOLE_ID_RANGE: [&str; 3] = ["0", "0", "4294967295"];
+
+/// Why a call fails.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// The ledger's rules or its disk.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// Not an error for containerd: it need not fetch or unpack this layer.
+    #[error("the content of {name:?} is available already")]
+    Available {
+        /// The committed snapshot that holds it.
+        name: String,
+    },
+    /// The image below is not mounted.
+    #[error(transparent)]
+    Lower(#[from] LowerError),
+    /// The snapshot's own directory could not be used.
+    #[error("the directory of snapshot {key:?} cannot be used: look at the disk of the state directory")]
+    Directory {
+        /// The key in question.
+        key: String,
+        /// What the file system says.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl RequestError {
+    /// The message with all its causes, as containerd's user will see it.
+    pub fn text(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            text = format!("{text}: {error}");
+            cause = error.source();
+        }
+        text
+    }
+}
+
+/// The snapshots of this node.
+#[derive(Clone)]
+pub struct Snapshots {
+    ledger: Arc<Ledger>,
+    dirs: Arc<Dirs>,
+    lowers: Arc<Lowers>,
+}
+
+impl Snapshots {
+    /// Takes up what is below `state` (made if missing), clears what crashes left there, and tells `images` what is in use.
+    pub fn open(state: &Path, images: Arc<dyn LowerImages>) -> Result<Snapshots, SnapshotError> {
+        if state.to_str().is_none_or(|text| text.contains([':', ',', '\\'])) {
+            return Err(SnapshotError::UnfitPath { path: state.to_owned() });
+        }
+        let layout = Layout::new(state, overlay_options());
+        let dirs = Dirs::open(state, layout)?;
+        let ledger = Arc::new(Ledger::open(&state.join("ledger.redb"))?);
+        let failed = |source| SnapshotError::Directory { path: dirs.layout().snapshots().to_owned(), source };
+        ledger.hold_ids(|ids| dirs.discard_orphans(ids))?.map_err(failed)?;
+        images.recover(ledger.chains_in_use()?.into_iter().collect());
+        let lowers = Arc::new(Lowers::new(images, ledger.clone()));
+        Ok(Snapshots { ledger, dirs: Arc::new(dirs), lowers })
+    }
+
+    /// Prepare and View: adds a snapshot and returns its mounts, or commits a lazy one and says so.
+    pub async fn create(&self, new: NewSnapshot) -> Result<Vec<Mount>, RequestError> {
+        if new.kind == Kind::Active {
+            self.commit_lazily(&new).await?;
+        }
+        let (kind, key) = (new.kind, new.key.clone());
+        let make =
+            move |this: &Snapshots| this.ledger.create(new, Stamp::now(), |id, lineage| this.dirs.make(kind, id, lineage.uppers.first().copied()));
+        let (row, lineage) = self.blocking(make).await?;
+        let Some(chain) = lineage.lower else {
+            return Ok(self.dirs.layout().mounts(kind, row.id, &lineage.uppers, None));
+        };
+        let mounted = match self.lowers.mount(chain).await {
+            Ok(lower) => self.settle_on(&key, row.id, &lineage.uppers, lower).await,
+            Err(error) => Err(error.into()),
+        };
+        match mounted {
+            Ok(lower) => Ok(self.dirs.layout().mounts(kind, row.id, &lineage.uppers, Some(&lower))),
+            Err(error) => {
+                tracing::warn!(%key, %chain, error = %error.text(), "no snapshot on top of an image");
+                // It may be gone already: removed while the mount was under way.
+                let _ = self.remove(&key, Some(row.id)).await;
+                self.lowers.release_if_unused(chain);
+                Err(error)
+            }
+        }
+    }
+
+    /// The handshake of a pull. Ok means: go on as for a plain image (invariant 4).
+    async fn commit_lazily(&self, new: &NewSnapshot) -> Result<(), RequestError> {
+        let Some(chain) = new.labels.get(TARGET_REF).and_then(|text| text.parse::<ChainId>().ok()) else { return Ok(()) };
+        if !self.lowers.known(chain).await {
+            tracing::info!(%chain, "chain is not in the store: plain pull");
+            return Ok(());
+        }
+        let name = lazy_name(&chain, &new.parent);
+        let NewSnapshot { parent, labels, .. } = new.clone();
+        let committed = {
+            let name = name.clone();
+            self.blocking(move |this| this.ledger.commit_lazy(&name, &parent, chain, labels, Stamp::now())).await
+        };
+        match committed {
+            Ok(()) => tracing::info!(%chain, %name, "chain is in the store: nothing to pull"),
+            Err(LedgerError::AlreadyExists { .. }) => {}
+            Err(error) => {
+                tracing::warn!(%chain, %error, "no lazy snapshot: plain pull");
+                return Ok(());
+            }
+        }
+        Err(RequestError::Available { name })
+    }
+
+    /// With the image mounted at `lower`: gives a new snapshot right on top of it the owner of the image's root. Fails if the snapshot has
+    /// been removed meanwhile.
+    async fn settle_on(&self, key: &str, id: SnapshotId, uppers: &[SnapshotId], lower: PathBuf) -> Result<PathBuf, RequestError> {
+        let (key, on_image) = (key.to_owned(), uppers.is_empty());
+        self.blocking(move |this| {
+            if this.ledger.get(&key)?.id != id {
+                return Err(LedgerError::NotFound { key }.into());
+            }
+            if on_image {
+                this.dirs.set_owner(id, &lower).map_err(|source| RequestError::Directory { key, source })?;
+            }
+            Ok(lower)
+        })
+        .await
+    }
+
+    /// The mounts of an active snapshot or a view, its image mounted again if it is not any more.
+    pub async fn mounts(&self, key: String) -> Result<Vec<Mount>, RequestError> {
+        let (row, lineage) = self.blocking(move |this| this.ledger.get_with_lineage(&key).map(|found| (key, found))).await.and_then(mountable)?;
+        let lower = match lineage.lower {
+            Some(chain) => Some(self.lowers.mount(chain).await?),
+            None => None,
+        };
+        Ok(self.dirs.layout().mounts(row.kind, row.id, &lineage.uppers, lower.as_deref()))
+    }
+
+    /// Turns the active snapshot `key` into the committed one `name`.
+    pub async fn commit(&self, key: String, name: String, parent: String, labels: BTreeMap<String, String>) -> Result<(), RequestError> {
+        let held = self
+            .blocking(move |this| {
+                let row = this.ledger.get(&key)?;
+                let usage = this.measure(&key, &row)?;
+                Ok::<_, RequestError>(this.ledger.commit(&key, &name, &parent, labels, usage, Stamp::now())?)
+            })
+            .await?;
+        held.into_iter().for_each(|chain| self.lowers.release_if_unused(chain));
+        Ok(())
+    }
+
+    /// Removes a snapshot nothing is built on; with `only`, just if it still is that one.
+    pub async fn remove(&self, key: &str, only: Option<SnapshotId>) -> Result<(), RequestError> {
+        let key = key.to_owned();
+        let removed = self.blocking(move |this| {
+            let removed = this.ledger.remove(&key, only)?;
+            this.dirs.discard(removed.id);
+            Ok::<_, LedgerError>(removed)
+        });
+        removed.await?.held.into_iter().for_each(|chain| self.lowers.release_if_unused(chain));
+        Ok(())
+    }
+
+    /// What the ledger has on `key`.
+    pub async fn stat(&self, key: String) -> Result<Row, RequestError> {
+        Ok(self.blocking(move |this| this.ledger.get(&key)).await?)
+    }
+
+    /// Changes labels; see [`Ledger::update`].
+    pub async fn update(&self, key: String, labels: BTreeMap<String, String>, paths: Vec<String>) -> Result<Row, RequestError> {
+        Ok(self.blocking(move |this| this.ledger.update(&key, &labels, &paths, Stamp::now())).await?)
+    }
+
+    /// Every snapshot with its key.
+    pub async fn list(&self) -> Result<Vec<(String, Row)>, RequestError> {
+        Ok(self.blocking(|this| this.ledger.list()).await?)
+    }
+
+    /// What a snapshot takes. Only the content of active ones is counted when asked; the image below never is.
+    pub async fn usage(&self, key: String) -> Result<Usage, RequestError> {
+        self.blocking(move |this| {
+            let row = this.ledger.get(&key)?;
+            this.measure(&key, &row)
+        })
+        .await
+    }
+
+    /// Frees what belongs to no snapshot. The deleting itself goes on in the background.
+    pub async fn cleanup(&self) -> Result<(), RequestError> {
+        self.blocking(|this| {
+            let moved = this.ledger.hold_ids(|ids| this.dirs.discard_orphans(ids))?;
+            moved.map_err(|source| RequestError::Directory { key: String::new(), source })
+        })
+        .await
+    }
+
+    fn measure(&self, key: &str, row: &Row) -> Result<Usage, RequestError> {
+        match row.kind {
+            Kind::Active => {
+                usage::of_directory(&self.dirs.layout().upper(row.id)).map_err(|source| RequestError::Directory { key: key.to_owned(), source })
+            }
+            Kind::View | Kind::Committed => Ok(row.usage),
+        }
+    }
+
+    /// Runs work that waits for the local disk on a thread where that does no harm.
+    async fn blocking<T, E>(&self, work: impl FnOnce(&Snapshots) -> Result<T, E> + Send + 'static) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: Send + 'static,
+    {
+        let this = self.clone();
+        let done = tokio::task::spawn_blocking(move || work(&this)).await;
+        done.unwrap_or_else(|error| resume_unwind(error.into_panic()))
+    }
+}
+
+/// Only active snapshots and views have mounts.
+fn mountable((key, (row, lineage)): (String, (Row, Lineage))) -> Result<(Row, Lineage), LedgerError> {
+    if row.kind == Kind::Committed {
+        let reason = "it is committed: mounts are for active snapshots and views";
+        return Err(LedgerError::FailedPrecondition { what: "mount", key, reason });
+    }
+    Ok((row, lineage))
+}
+
+/// The name of the lazy snapshot for `chain` on `parent`. The parent is part of it because the same chain may be asked for on top of the
+/// plain and of the lazy form of the layer below, and containerd wants each with the parent it named. Hashed, since parents' names hold names.
+fn lazy_name(chain: &ChainId, parent: &str) -> String {
+    let parent = Sha256::of(parent.as_bytes()).to_string();
+    format!("slipway/{chain}/{}", &parent[..32])
+}
+
+/// What every overlay gets besides its directories, as containerd's overlayfs snapshotter decides it.
+fn overlay_options() -> Vec<String> {
+    let mut options = Vec::new();
+    if Path::new(OVERLAY_INDEX).exists() {
+        options.push("index=off".to_owned());
+    }
+    let id_map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    if !id_map.is_empty() && !id_map.split_whitespace().eq(WHOLE_ID_RANGE) {
+        // In a user namespace overlayfs cannot write trusted.* attributes.
+        options.push("userxattr".to_owned());
+    }
+    options
+}
