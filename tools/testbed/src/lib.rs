@@ -1,1 +1,47 @@
-//! x
+//! What whole-system tests, benchmarks and the demo stand on: a registry, containerds, a CRI client, an image maker and a
+//! store on a disk of its own, all on loopback and in temporary directories.
+//!
+//! Every piece is a guard: dropping it (also while a panic unwinds) ends the processes it started, unmounts what it mounted and
+//! removes its files. Processes are ended by the pids this library started, never by name. Should the test process itself be
+//! killed, its children die with it (`setpriv --pdeathsig`) and the next run sweeps the directories it left ([`Scratch`]).
+//!
+//! All calls block. Start a piece on the thread that keeps it: its processes die with the thread that started them.
+//!
+//! | piece | what it is |
+//! |---|---|
+//! | [`Scratch`] | a temporary directory that also unmounts what was mounted below it |
+//! | [`Daemon`] | one child process with its log |
+//! | [`Registry`] | Debian's docker-registry, with its access log by digest |
+//! | [`Containerd`], [`Cri`] | a containerd of our own and the calls a kubelet would make |
+//! | [`Slipwayd`] | the built node daemon |
+//! | [`LoopFs`] | an ext4 of its own, whose reads the kernel counts |
+//! | [`Layer`], [`Image`], [`Layout`] | OCI images made from entries |
+//! | [`TreeDigest`] | everything a user can see of a mounted tree, comparable |
+//! | [`require!`] | says what a test needs and skips, or fails, without it |
+
+mod binaries;
+mod containerd;
+mod cri;
+mod daemon;
+mod layer;
+mod layout;
+mod loop_fs;
+mod mounts;
+pub mod need;
+mod registry;
+mod scratch;
+mod slipwayd;
+mod tree_digest;
+
+pub use binaries::binary;
+pub use containerd::{Containerd, Snapshotter, View};
+pub use cri::{Cri, CriImage};
+pub use daemon::{Daemon, run};
+pub use layer::{Compression, Entry, EntryKind, Layer, LayerBlob};
+pub use layout::{BuiltImage, Image, Layout};
+pub use loop_fs::{LoopFs, drop_caches};
+pub use mounts::{is_mounted, unmount_below};
+pub use registry::{Mark, Registry};
+pub use scratch::Scratch;
+pub use slipwayd::{Slipwayd, SlipwaydConfig};
+pub use tree_digest::{Difference, Node, NodeKind, TreeDigest};

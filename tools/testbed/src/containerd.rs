@@ -1,0 +1,314 @@
+//! A containerd of our own: private root, state, socket and plugins; the host's is never touched.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::cri::Cri;
+use crate::daemon::{Daemon, output, run, wait_until};
+use crate::mounts;
+
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// A killed container's task is gone at once; containerd then needs a moment to see it.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// The namespace CRI keeps its images in.
+const NAMESPACE: &str = "k8s.io";
+
+/// The snapshotter CRI pulls into.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Snapshotter {
+    /// containerd's own.
+    Overlayfs,
+    /// Slipway's, on this socket.
+    Slipway(PathBuf),
+}
+
+impl Snapshotter {
+    /// Its name in containerd.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Snapshotter::Overlayfs => "overlayfs",
+            Snapshotter::Slipway(_) => "slipway",
+        }
+    }
+}
+
+/// A running containerd. Dropping it kills its containers, ends it and its shims, and unmounts what it mounted.
+#[derive(Debug)]
+pub struct Containerd {
+    dir: PathBuf,
+    snapshotter: Snapshotter,
+    daemon: Daemon,
+}
+
+impl Containerd {
+    /// Starts a containerd that keeps everything in `dir` (made if missing; a directory used before is used again) and waits until
+    /// its CRI answers. Debian's `containerd` from PATH is taken, or the one in `$SLIPWAY_CONTAINERD_DIR` with its `ctr` and shim.
+    pub fn start(dir: &Path, snapshotter: Snapshotter) -> Result<Containerd> {
+        fs::create_dir_all(dir)?;
+        fs::write(dir.join("config.toml"), config(dir, &snapshotter)).with_context(|| format!("{} cannot be written", dir.display()))?;
+        let daemon = spawn(dir)?;
+        let mut started = Containerd { dir: dir.to_path_buf(), snapshotter, daemon };
+        started.wait_ready()?;
+        Ok(started)
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let address = self.address();
+        // CRI comes up after the socket: until then its calls answer "unknown service" or "not initialized".
+        self.daemon.wait_until("its CRI answers", START_LIMIT, |_| Cri::connect(&address).ok()?.images().ok())?;
+        Ok(())
+    }
+
+    /// Stops containerd itself (containers go on) and starts it again on the same directories.
+    pub fn restart(&mut self) -> Result<()> {
+        self.daemon.stop()?;
+        self.daemon = spawn(&self.dir)?;
+        self.wait_ready()
+    }
+
+    /// Its gRPC socket.
+    pub fn address(&self) -> PathBuf {
+        self.dir.join("containerd.sock")
+    }
+
+    /// The name of the snapshotter that CRI uses here.
+    pub fn snapshotter(&self) -> &'static str {
+        self.snapshotter.name()
+    }
+
+    /// What containerd has logged.
+    pub fn log(&self) -> String {
+        self.daemon.log()
+    }
+
+    /// A CRI client.
+    pub fn cri(&self) -> Result<Cri> {
+        Cri::connect(&self.address())
+    }
+
+    /// A `ctr` command in CRI's namespace, to be completed and run by the caller.
+    pub fn ctr_command(&self) -> Command {
+        let mut command = Command::new(program("ctr"));
+        command.arg("--address").arg(self.address()).args(["--namespace", NAMESPACE]);
+        command
+    }
+
+    /// Runs `ctr` with these arguments and returns what it printed; an error shows what it complained about.
+    pub fn ctr(&self, args: &[&str]) -> Result<String> {
+        let mut command = self.ctr_command();
+        command.args(args);
+        output(&mut command)
+    }
+
+    /// The `ctr run --rm` of an image that is already here, to be run by the caller; the container is removed when it ends.
+    pub fn run_command(&self, image: &str, id: &str, args: &[&str]) -> Command {
+        let mut command = self.ctr_command();
+        command.args(["run", "--rm", "--snapshotter", self.snapshotter(), image, id]).args(args);
+        command
+    }
+
+    /// Runs a program in a new container of an image that is already here, and returns what it printed.
+    pub fn run(&self, image: &str, id: &str, args: &[&str]) -> Result<String> {
+        output(&mut self.run_command(image, id, args))
+    }
+
+    /// Mounts the read-only view of a committed snapshot (a chain ID, `sha256:…`) and shows where. Unmounted and removed when the
+    /// guard is dropped.
+    pub fn view(&self, chain: &str) -> Result<View<'_>> {
+        let hex: String = chain.chars().filter(char::is_ascii_alphanumeric).collect();
+        let at = self.dir.join("views").join(&hex);
+        fs::create_dir_all(&at)?;
+        let view = View { containerd: self, key: format!("view-{hex}"), at };
+        self.snapshots(&["view", &view.key, chain])?;
+        // ctr prints the mount commands rather than mounting: `mount -t overlay overlay /target -o index=off,lowerdir=…`
+        let commands = self.snapshots(&["mounts", &view.at.to_string_lossy(), &view.key])?;
+        ensure!(!commands.trim().is_empty(), "containerd gave no mounts for a view of {chain}");
+        for line in commands.lines().filter(|line| !line.trim().is_empty()) {
+            run("sh", ["-c", line]).with_context(|| format!("the view of {chain} cannot be mounted"))?;
+        }
+        Ok(view)
+    }
+
+    /// `ctr snapshots` for the snapshotter that CRI uses here.
+    pub fn snapshots(&self, args: &[&str]) -> Result<String> {
+        let mut all = vec!["snapshots", "--snapshotter", self.snapshotter()];
+        all.extend_from_slice(args);
+        self.ctr(&all)
+    }
+
+    fn end_containers(&self) -> Result<()> {
+        let ids = self.ctr(&["tasks", "ls", "-q"])?;
+        for id in ids.lines() {
+            self.ctr(&["tasks", "rm", "-f", id])?;
+        }
+        for id in self.ctr(&["containers", "ls", "-q"])?.lines() {
+            self.ctr(&["containers", "rm", id])?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        // Whatever fails here (containerd may have been killed by the test) is made up for by ending the shims below.
+        let _ = self.end_containers();
+        let _ = self.daemon.stop();
+        let ours = self.address();
+        let ended = wait_until("the shims have ended", STOP_LIMIT, || {
+            let shims = shims_of(&ours);
+            for &shim in &shims {
+                let _ = kill_process(shim, Signal::KILL);
+            }
+            Ok(shims.is_empty().then_some(()))
+        });
+        if let Err(error) = ended {
+            eprintln!("{error:#}");
+        }
+        mounts::unmount_below(&self.dir);
+    }
+}
+
+/// A mounted read-only view of a snapshot; see [`Containerd::view`].
+#[derive(Debug)]
+pub struct View<'a> {
+    containerd: &'a Containerd,
+    key: String,
+    at: PathBuf,
+}
+
+impl View<'_> {
+    /// The root of the tree.
+    pub fn path(&self) -> &Path {
+        &self.at
+    }
+}
+
+impl Drop for View<'_> {
+    fn drop(&mut self) {
+        mounts::unmount_below(&self.at);
+        if let Err(error) = self.containerd.snapshots(&["rm", &self.key]) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// Debian's program, or the one in `$SLIPWAY_CONTAINERD_DIR` (for other versions of containerd, unpacked somewhere).
+fn program(name: &str) -> PathBuf {
+    std::env::var_os("SLIPWAY_CONTAINERD_DIR").map_or_else(|| PathBuf::from(name), |dir| PathBuf::from(dir).join(name))
+}
+
+fn spawn(dir: &Path) -> Result<Daemon> {
+    let mut command = Command::new(program("containerd"));
+    command.arg("--config").arg(dir.join("config.toml"));
+    // containerd looks for its shim beside itself and in PATH, and for runc in PATH.
+    let path = std::env::var("PATH").unwrap_or_default();
+    let own = std::env::var("SLIPWAY_CONTAINERD_DIR").map(|dir| dir + ":").unwrap_or_default();
+    command.env("PATH", format!("{own}{path}:/usr/sbin:/sbin"));
+    Daemon::spawn("containerd", &command, &dir.join("containerd.log"))
+}
+
+/// containerd's defaults but for where things lie, the proxy plugin and the snapshotter's name.
+fn config(dir: &Path, snapshotter: &Snapshotter) -> String {
+    let dir = dir.display();
+    let mut text = format!(
+        "version = 2\nroot = \"{dir}/root\"\nstate = \"{dir}/state\"\n\
+         [grpc]\n  address = \"{dir}/containerd.sock\"\n\
+         [ttrpc]\n  address = \"{dir}/containerd.sock.ttrpc\"\n\
+         [plugins.\"io.containerd.internal.v1.opt\"]\n  path = \"{dir}/opt\"\n\
+         [plugins.\"io.containerd.grpc.v1.cri\"]\n  restrict_oom_score_adj = true\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".cni]\n  conf_dir = \"{dir}/cni\"\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n  snapshotter = \"{}\"\n",
+        snapshotter.name()
+    );
+    if let Snapshotter::Slipway(socket) = snapshotter {
+        text += &format!("[proxy_plugins.slipway]\n  type = \"snapshot\"\n  address = \"{}\"\n", socket.display());
+    }
+    text
+}
+
+/// The shims that serve one containerd: their command line names its socket, which lies in a directory only we use.
+fn shims_of(address: &Path) -> Vec<Pid> {
+    let address = address.as_os_str().as_encoded_bytes();
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let serves = |pid: &i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut args = line.split(|&byte| byte == 0);
+        args.next().is_some_and(|program| program.ends_with(b"containerd-shim-runc-v2")) && args.any(|arg| arg == address)
+    };
+    pids.filter(serves).filter_map(Pid::from_raw).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Compression, Entry, Image, Layer, Layout, Registry, Scratch, TreeDigest, need, require};
+
+    fn busybox_image(scratch: &Scratch, registry: &Registry) -> (String, crate::BuiltImage) {
+        let busybox = fs::read("/bin/busybox").expect("busybox-static is installed");
+        let base = Layer::new([
+            Entry::dir("bin").mode(0o755),
+            Entry::file("bin/busybox", busybox).mode(0o755),
+            Entry::symlink("bin/sh", "busybox"),
+            Entry::dir("etc"),
+            Entry::file("etc/motd", b"from the base".to_vec()),
+            Entry::file("etc/gone", b"removed above".to_vec()),
+        ]);
+        let top = Layer::new([Entry::file("etc/motd", b"from the top".to_vec()).owner(1000, 1001).mtime(1_700_000_000, 123_456_789), Entry::whiteout("etc/gone")]);
+        let layout = Layout::create(&scratch.join("layout")).expect("a layout");
+        let image = Image::new().layer(&base, Compression::Gzip).layer(&top, Compression::Zstd);
+        let built = layout.add("test", &image).expect("an image");
+        let reference = registry.reference("busybox:test");
+        layout.push("test", &reference).expect("a push");
+        (reference, built)
+    }
+
+    #[test]
+    fn an_image_is_pulled_through_cri_run_and_looked_at() {
+        require!(need::containers(), need::path("/bin/busybox"));
+        let scratch = Scratch::new("containerd").expect("a scratch directory");
+        let registry = Registry::start(&scratch.join("registry")).expect("a registry");
+        let (reference, built) = busybox_image(&scratch, &registry);
+        let containerd = Containerd::start(&scratch.join("containerd"), Snapshotter::Overlayfs).expect("a containerd");
+        let mut cri = containerd.cri().expect("a CRI client");
+
+        let mark = registry.mark();
+        cri.pull(&reference).expect("a pull");
+        let fetched = registry.blob_bytes(mark);
+        for layer in &built.layers {
+            assert_eq!(fetched.get(&layer.digest).copied(), Some(layer.size), "an ordinary pull fetches each layer once: {fetched:?}");
+        }
+        assert_eq!(containerd.run(&reference, "c1", &["/bin/sh", "-c", "cat /etc/motd; ls /etc/gone"]).ok(), None, "ls fails");
+        assert_eq!(containerd.run(&reference, "c2", &["/bin/sh", "-c", "cat /etc/motd"]).expect("a run"), "from the top");
+
+        let view = containerd.view(built.top_chain()).expect("a view");
+        let tree = TreeDigest::of(view.path()).expect("a tree");
+        assert!(tree.get("etc/gone").is_none());
+        let motd = tree.get("etc/motd").expect("it is there");
+        assert_eq!((motd.uid, motd.gid, motd.mtime), (1000, 1001, (1_700_000_000, 123_456_789)));
+        drop(view);
+
+        cri.remove(&reference).expect("a removal");
+        assert_eq!(cri.status(&reference).expect("an answer"), None);
+    }
+
+    #[test]
+    fn nothing_of_a_dropped_containerd_is_left_while_a_container_runs() {
+        require!(need::containers(), need::path("/bin/busybox"));
+        let scratch = Scratch::new("containerd").expect("a scratch directory");
+        let registry = Registry::start(&scratch.join("registry")).expect("a registry");
+        let (reference, _) = busybox_image(&scratch, &registry);
+        let containerd = Containerd::start(&scratch.join("containerd"), Snapshotter::Overlayfs).expect("a containerd");
+        containerd.cri().expect("a CRI client").pull(&reference).expect("a pull");
+        containerd.ctr(&["run", "-d", "--snapshotter", "overlayfs", &reference, "sleeper", "/bin/busybox", "sleep", "600"]).expect("a running container");
+        let address = containerd.address();
+        assert_eq!(shims_of(&address).len(), 1);
+        drop(containerd);
+        assert!(shims_of(&address).is_empty());
+        assert!(!mounts::list().iter().any(|mount| mount.at.starts_with(scratch.path())));
+    }
+}
