@@ -41,8 +41,9 @@ platforms=$(printf -- '--platform=manylinux%s_x86_64 ' 2014 _2_17 _2_24 _2_27 _2
     -d "$cache/wheels" -r "$here/versions.txt" >&2
 
 # The mirror this machine already uses.
-mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list 2>/dev/null |
-    grep -oE 'https?://[^ ]+/debian/?( |$)' | head -n 1 | tr -d ' ')
+mirror=$({ grep -hsoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list || true; } |
+    tr -d ' ' | sed -n 1p)
+[ -n "$mirror" ] || { say "no Debian mirror is named in /etc/apt"; exit 1; }
 say "debootstrap $suite"
 debootstrap --variant=minbase "$suite" "$work/layer-1" "$mirror" >"$work/debootstrap.log" 2>&1 || { tail -n 5 "$work/debootstrap.log" >&2; exit 1; }
 rm -rf "$work/layer-1/var/cache/apt/archives"/*.deb "$work/layer-1/var/lib/apt/lists"/*

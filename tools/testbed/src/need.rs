@@ -12,7 +12,7 @@ pub type Need = Result<(), Lack>;
 /// Skips the test that calls it, saying why, unless every need is met. Where `CI` or `SLIPWAY_NO_SKIP` is set a lack is a failure:
 /// there the machine is known to have everything, so a skip would hide a test that no longer runs.
 ///
-/// ```ignore
+/// ```text
 /// require!(need::root(), need::command("containerd"));
 /// ```
 #[macro_export]
