@@ -270,7 +270,7 @@ mod tests {
             (4000, 32, 64, Some(4000)),
             (4000, 32, 65, Some(4064)),
             // 76 bytes of head: the tail can start at byte 12 of a block at best.
-            (32, 76, 4084, Some(4052_u64.next_multiple_of(32))),
+            (32, 76, 4084, Some(4032)),
             (32, 76, 4085, None),
             (0, 64, 0, Some(0)),
         ] {

@@ -166,12 +166,12 @@ fn any_attr() -> impl Strategy<Value = Attr> {
 fn packs() -> Vec<PackRef> {
     [16, 18, 20]
         .into_iter()
-        .map(|bits| PackRef { digest: Digest::of(&[bits]), blocks: 4096, unit_bits: UnitBits::new(bits).expect("a unit size") })
+        .map(|bits| PackRef { digest: Digest::of(&[bits]), blocks: 512, unit_bits: UnitBits::new(bits).expect("a unit size") })
         .collect()
 }
 
 fn chunked() -> impl Strategy<Value = Data> {
-    let chunk = prop_oneof![1 => Just(None), 4 => (0u32..4096 - 256).prop_map(Some)];
+    let chunk = prop_oneof![1 => Just(None), 4 => (0u32..512 - 256).prop_map(Some)];
     (0usize..3, proptest::collection::vec(chunk, 0..40), any::<u64>()).prop_map(|(pack, blocks, last)| {
         let unit_bits = packs()[pack].unit_bits;
         let size = match blocks.len() as u64 {
