@@ -6,6 +6,8 @@
 //! A mount is keyed by the digest of its metadata image and a generation: when all packs of an image have become complete, the next
 //! container gets a new `direct` mount while earlier ones stay on the mount they started with.
 
+pub mod catalog;
+
 use std::path::PathBuf;
 
 use crate::oci::ChainId;
