@@ -15,6 +15,8 @@ use crate::oci::{ChainId, Sha256};
 mod error;
 mod row;
 mod tables;
+#[cfg(test)]
+mod model;
 
 pub use error::LedgerError;
 pub use row::{Kind, Lineage, NewSnapshot, Removed, Row, SnapshotId, Stamp, Usage};
