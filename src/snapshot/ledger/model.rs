@@ -162,9 +162,7 @@ fn apply(ledger: &Ledger, request: &Request, now: Stamp) -> Result<(), Refusal> 
             let labels = BTreeMap::from([("l".to_owned(), name.clone())]);
             refusal(ledger.commit_lazy(&name, &parent, chain, labels, now))
         }
-        Request::Commit { key, name, parent } => {
-            refusal(ledger.commit(&key, &name, &parent, BTreeMap::new(), Usage { size: 4096, inodes: 1 }, now))
-        }
+        Request::Commit { key, name, parent } => refusal(ledger.commit(&key, &name, &parent, BTreeMap::new(), Usage { size: 4096, inodes: 1 }, now)),
         Request::Remove { key } => refusal(ledger.remove(&key, None)),
         Request::Update { key, value, all } => {
             let labels = BTreeMap::from([("m".to_owned(), value)]);

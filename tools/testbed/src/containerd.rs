@@ -124,7 +124,11 @@ impl Containerd {
         let at = self.dir.join("views").join(&hex);
         fs::create_dir_all(&at)?;
         let view = View { containerd: self, key: format!("view-{hex}"), at };
-        self.snapshots(&["view", &view.key, chain])?;
+        wait_until("the view stays", STOP_LIMIT, || {
+            self.snapshots(&["view", &view.key, chain])?;
+            // ctr gives a view no root label, so a garbage collection that happens to run now takes it away again.
+            Ok(self.snapshots(&["label", &view.key, "containerd.io/gc.root=view"]).ok())
+        })?;
         // ctr prints the mount commands rather than mounting: `mount -t overlay overlay /target -o index=off,lowerdir=…`
         let commands = self.snapshots(&["mounts", &view.at.to_string_lossy(), &view.key])?;
         ensure!(!commands.trim().is_empty(), "containerd gave no mounts for a view of {chain}");
