@@ -76,7 +76,12 @@ fn product_lines_where(is_bad: impl Fn(&Source, &str) -> bool) -> Vec<String> {
     let sources = sources();
     let mut found = Vec::new();
     for source in sources.iter().filter(|source| source.is_rust() && !is_test_file(&source.path, &sources)) {
-        found.extend(source.product_lines().filter(|(_, line)| is_bad(source, line)).map(|(number, line)| format!("{}:{number}: {}", source.path, line.trim())));
+        found.extend(
+            source
+                .product_lines()
+                .filter(|(_, line)| is_bad(source, line))
+                .map(|(number, line)| format!("{}:{number}: {}", source.path, line.trim())),
+        );
     }
     found
 }
@@ -102,7 +107,8 @@ fn every_rust_file_opens_with_a_sentence_about_itself() {
 #[test]
 fn files_stay_small() {
     let too_long = |source: &Source| source.is_rust() && source.text.lines().count() >= MAX_FILE_LINES;
-    let bad = sources().iter().filter(|source| too_long(source)).map(|source| format!("{}: {} lines", source.path, source.text.lines().count())).collect();
+    let bad =
+        sources().iter().filter(|source| too_long(source)).map(|source| format!("{}: {} lines", source.path, source.text.lines().count())).collect();
     fail_on("a file this long does more than one thing", bad);
 }
 
@@ -126,7 +132,8 @@ fn long_functions(text: &str) -> Vec<(usize, usize)> {
             continue;
         }
         let end = format!("{}}}", &line[..indent]);
-        if let Some(length) = lines[start..].iter().position(|line| *line == end).map(|last| last + 1).filter(|length| *length >= MAX_FUNCTION_LINES) {
+        if let Some(length) = lines[start..].iter().position(|line| *line == end).map(|last| last + 1).filter(|length| *length >= MAX_FUNCTION_LINES)
+        {
             found.push((start + 1, length));
         }
     }
@@ -178,7 +185,10 @@ fn modules_use_only_what_is_listed_above_them() {
 fn backends_do_not_know_each_other() {
     const BACKENDS: [&str; 3] = ["fake", "fuse_blob", "fscache"];
     let bad = product_lines_where(|source, line| {
-        let Some(own) = source.path.strip_prefix("src/kernel/").and_then(|path| path.split(['/', '.']).next()).filter(|name| BACKENDS.contains(name)) else { return false };
+        let Some(own) = source.path.strip_prefix("src/kernel/").and_then(|path| path.split(['/', '.']).next()).filter(|name| BACKENDS.contains(name))
+        else {
+            return false;
+        };
         BACKENDS.iter().any(|other| *other != own && (line.contains(&format!("super::{other}")) || line.contains(&format!("kernel::{other}"))))
     });
     fail_on("a backend can be deleted the day its kernel interface is: no other may import it", bad);
@@ -192,7 +202,14 @@ fn the_product_never_unwraps() {
 #[test]
 fn nothing_is_left_for_later() {
     // In pieces, so that this file does not find itself.
-    let marks = [concat!("todo", "!("), concat!("unimplemented", "!("), concat!("#[", "ignore"), concat!("dbg", "!("), concat!("FIX", "ME"), concat!("TO", "DO")];
+    let marks = [
+        concat!("todo", "!("),
+        concat!("unimplemented", "!("),
+        concat!("#[", "ignore"),
+        concat!("dbg", "!("),
+        concat!("FIX", "ME"),
+        concat!("TO", "DO"),
+    ];
     let mut bad = Vec::new();
     for source in sources() {
         for (number, line) in source.text.lines().enumerate().filter(|(_, line)| marks.iter().any(|mark| line.contains(mark))) {
@@ -206,13 +223,23 @@ fn nothing_is_left_for_later() {
 fn only_programs_use_errors_without_a_type() {
     // Test gear, demo and converter are programs, or parts of one.
     let is_library = |path: &str| ["src/", "erofs/", "uapi/"].iter().any(|dir| path.starts_with(dir)) && !path.starts_with("src/bin/");
-    fail_on("a library's errors are types: what can the caller do?", product_lines_where(|source, line| is_library(&source.path) && has_word(code(line), "anyhow")));
+    fail_on(
+        "a library's errors are types: what can the caller do?",
+        product_lines_where(|source, line| is_library(&source.path) && has_word(code(line), "anyhow")),
+    );
 }
 
 #[test]
 fn the_repository_stands_alone() {
     // Paths of one machine, and hosts of package registries: neither belongs into a file of the project. In pieces, as above.
-    let words = [concat!("/wo", "rk/"), concat!("/tmp/", "wt/"), concat!("../sha", "red"), concat!("/ro", "ot/"), concat!("py", "pi.org"), concat!("deb.deb", "ian.org")];
+    let words = [
+        concat!("/wo", "rk/"),
+        concat!("/tmp/", "wt/"),
+        concat!("../sha", "red"),
+        concat!("/ro", "ot/"),
+        concat!("py", "pi.org"),
+        concat!("deb.deb", "ian.org"),
+    ];
     // `$dir` + `/name` is no path of a machine.
     let begins = |line: &str, at: usize| !line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == '}');
     let names = |line: &str| words.iter().any(|word| line.match_indices(word).any(|(at, _)| begins(line, at)));

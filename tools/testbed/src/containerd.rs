@@ -262,7 +262,10 @@ mod tests {
             Entry::file("etc/motd", b"from the base".to_vec()),
             Entry::file("etc/gone", b"removed above".to_vec()),
         ]);
-        let top = Layer::new([Entry::file("etc/motd", b"from the top".to_vec()).owner(1000, 1001).mtime(1_700_000_000, 123_456_789), Entry::whiteout("etc/gone")]);
+        let top = Layer::new([
+            Entry::file("etc/motd", b"from the top".to_vec()).owner(1000, 1001).mtime(1_700_000_000, 123_456_789),
+            Entry::whiteout("etc/gone"),
+        ]);
         let layout = Layout::create(&scratch.join("layout")).expect("a layout");
         let image = Image::new().layer(&base, Compression::Gzip).layer(&top, Compression::Zstd);
         let built = layout.add("test", &image).expect("an image");
@@ -308,7 +311,9 @@ mod tests {
         let (reference, _) = busybox_image(&scratch, &registry);
         let containerd = Containerd::start(&scratch.join("containerd"), Snapshotter::Overlayfs).expect("a containerd");
         containerd.cri().expect("a CRI client").pull(&reference).expect("a pull");
-        containerd.ctr(&["run", "-d", "--snapshotter", "overlayfs", &reference, "sleeper", "/bin/busybox", "sleep", "600"]).expect("a running container");
+        containerd
+            .ctr(&["run", "-d", "--snapshotter", "overlayfs", &reference, "sleeper", "/bin/busybox", "sleep", "600"])
+            .expect("a running container");
         let address = containerd.address();
         assert_eq!(shims_of(&address).len(), 1);
         drop(containerd);

@@ -224,7 +224,17 @@ fn write_entry(out: &mut Vec<u8>, entry: &Entry) {
         record(&mut records, &format!("SCHILY.xattr.{name}"), value);
     }
     if !records.is_empty() {
-        let header = Header { name: "PaxHeaders/entry", mode: 0o644, uid: 0, gid: 0, size: records.len(), mtime: 0, type_flag: b'x', link: "", device: (0, 0) };
+        let header = Header {
+            name: "PaxHeaders/entry",
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            size: records.len(),
+            mtime: 0,
+            type_flag: b'x',
+            link: "",
+            device: (0, 0),
+        };
         header.write(out);
         padded(out, &records);
     }
@@ -350,7 +360,11 @@ mod tests {
         let long = format!("d/{}", "long-name-".repeat(15));
         let layer = Layer::new([
             Entry::dir("d").mode(0o2750).owner(1000, 3_000_000_000),
-            Entry::file("d/f", vec![1, 2, 3]).mode(0o4755).mtime(1_234_567_890, 987_654_321).xattr("user.color", b"blue").xattr("trusted.t", &[0, 255]),
+            Entry::file("d/f", vec![1, 2, 3])
+                .mode(0o4755)
+                .mtime(1_234_567_890, 987_654_321)
+                .xattr("user.color", b"blue")
+                .xattr("trusted.t", &[0, 255]),
             Entry::file(&long, vec![9; 5000]),
             Entry::hard_link("d/hard", "d/f"),
             Entry::symlink("d/soft", &"far/".repeat(40)),
@@ -362,7 +376,8 @@ mod tests {
         std::fs::write(scratch.join("layer.tar"), layer.tar()).expect("a file");
         let root = scratch.make_dir("root").expect("a directory");
         let args = ["--xattrs", "--xattrs-include=*", "-p", "--same-owner", "-xf"];
-        run("tar", args.iter().map(std::ffi::OsString::from).chain([scratch.join("layer.tar").into(), "-C".into(), root.clone().into()])).expect("tar takes it");
+        run("tar", args.iter().map(std::ffi::OsString::from).chain([scratch.join("layer.tar").into(), "-C".into(), root.clone().into()]))
+            .expect("tar takes it");
         let tree = TreeDigest::of(&root).expect("a tree");
         let at = |path: &str| tree.get(path).unwrap_or_else(|| panic!("{path} is missing"));
         assert_eq!((at("d").mode, at("d").uid, at("d").gid), (0o2750, 1000, 3_000_000_000));

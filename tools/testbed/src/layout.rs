@@ -292,6 +292,10 @@ mod tests {
         let index: Value = serde_json::from_slice(&fs::read(layout.path().join("index.json")).expect("the index")).expect("JSON");
         let manifests = index["manifests"].as_array().expect("a list");
         assert_eq!(manifests.len(), 3);
-        assert!(manifests.iter().any(|entry| entry["digest"] == moved.manifest.digest && entry["annotations"]["org.opencontainers.image.ref.name"] == "a"));
+        assert!(
+            manifests
+                .iter()
+                .any(|entry| entry["digest"] == moved.manifest.digest && entry["annotations"]["org.opencontainers.image.ref.name"] == "a")
+        );
     }
 }

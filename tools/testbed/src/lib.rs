@@ -13,7 +13,7 @@
 //! | [`Daemon`] | one child process with its log |
 //! | [`Registry`] | Debian's docker-registry, with its access log by digest |
 //! | [`Containerd`], [`Cri`] | a containerd of our own and the calls a kubelet would make |
-//! | [`Slipwayd`] | the built node daemon |
+//! | [`Converter`], [`Slipwayd`] | the built converter and node daemon |
 //! | [`LoopFs`] | an ext4 of its own, whose reads the kernel counts |
 //! | [`Layer`], [`Image`], [`Layout`] | OCI images made from entries |
 //! | [`TreeDigest`] | everything a user can see of a mounted tree, comparable |
@@ -21,6 +21,7 @@
 
 mod binaries;
 mod containerd;
+mod converter;
 mod cri;
 mod daemon;
 mod layer;
@@ -35,6 +36,7 @@ mod tree_digest;
 
 pub use binaries::binary;
 pub use containerd::{Containerd, Snapshotter, View};
+pub use converter::Converter;
 pub use cri::{Cri, CriImage};
 pub use daemon::{Daemon, run};
 pub use layer::{Compression, Entry, EntryKind, Layer, LayerBlob};

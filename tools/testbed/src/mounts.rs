@@ -23,7 +23,10 @@ fn parse_line(line: &[u8]) -> Option<MountPoint> {
     let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
     let dash = fields.iter().position(|field| *field == b"-")?;
     let source = fields.get(dash + 2)?;
-    Some(MountPoint { at: PathBuf::from(OsString::from_vec(unescape(fields.get(4)?))), source: String::from_utf8_lossy(&unescape(source)).into_owned() })
+    Some(MountPoint {
+        at: PathBuf::from(OsString::from_vec(unescape(fields.get(4)?))),
+        source: String::from_utf8_lossy(&unescape(source)).into_owned(),
+    })
 }
 
 /// The kernel writes space, tab, newline and backslash as three octal digits.

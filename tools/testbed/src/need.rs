@@ -27,7 +27,8 @@ macro_rules! require {
 
 /// Prints the reason of a skip, or panics where a skip is a failure (see [`require!`]).
 pub fn skip(lack: &Lack) {
-    let strict = ["CI", "SLIPWAY_NO_SKIP"].into_iter().find(|name| std::env::var(name).is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false")));
+    let strict =
+        ["CI", "SLIPWAY_NO_SKIP"].into_iter().find(|name| std::env::var(name).is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false")));
     match strict {
         Some(name) => panic!("{}, and {name} is set, so a skip is a failure", lack.0),
         None => eprintln!("SKIPPED: {}", lack.0),

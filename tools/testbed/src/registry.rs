@@ -112,7 +112,9 @@ mod tests {
     #[test]
     fn only_blob_bodies_are_counted() {
         let line = |method: &str, uri: &str, written: u64| {
-            format!("{{\"msg\":\"response completed\",\"http.request.method\":\"{method}\",\"http.request.uri\":\"{uri}\",\"http.response.written\":{written}}}\n")
+            format!(
+                "{{\"msg\":\"response completed\",\"http.request.method\":\"{method}\",\"http.request.uri\":\"{uri}\",\"http.response.written\":{written}}}\n"
+            )
         };
         let log = [
             "not json\n".to_owned(),

@@ -101,7 +101,8 @@ impl Slipwayd {
         };
         // A holder may start its worker from any of its threads.
         let others = fs::read_dir(format!("/proc/{holder}/task")).into_iter().flatten().flatten();
-        let all = others.map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default()).fold(children, |text, more| text + " " + &more);
+        let all =
+            others.map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default()).fold(children, |text, more| text + " " + &more);
         all.split_whitespace().filter_map(|pid| pid.parse().ok()).find(is_worker)
     }
 

@@ -148,7 +148,14 @@ impl TreeDigest {
         const SHOWN: usize = 25;
         let differences = self.differences(other);
         let shown: Vec<String> = differences.iter().take(SHOWN).map(Difference::to_string).collect();
-        assert!(differences.is_empty(), "{} differences between two trees of {} and {} nodes:\n{}", differences.len(), self.len(), other.len(), shown.join("\n"));
+        assert!(
+            differences.is_empty(),
+            "{} differences between two trees of {} and {} nodes:\n{}",
+            differences.len(),
+            self.len(),
+            other.len(),
+            shown.join("\n")
+        );
     }
 }
 
@@ -245,7 +252,10 @@ mod tests {
         for path in ["d/one", "alone", "d", ""] {
             File::open(root.join(path)).and_then(|file| file.set_times(time)).expect("times can be set");
         }
-        let zero = rustix::fs::Timestamps { last_access: rustix::fs::Timespec { tv_sec: 0, tv_nsec: 0 }, last_modification: rustix::fs::Timespec { tv_sec: 5, tv_nsec: 0 } };
+        let zero = rustix::fs::Timestamps {
+            last_access: rustix::fs::Timespec { tv_sec: 0, tv_nsec: 0 },
+            last_modification: rustix::fs::Timespec { tv_sec: 5, tv_nsec: 0 },
+        };
         rustix::fs::utimensat(rustix::fs::CWD, root.join("soft"), &zero, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).expect("times can be set");
         root
     }
@@ -270,7 +280,14 @@ mod tests {
             File::open(root.join(path)).and_then(|file| file.set_modified(time)).expect("a time");
         }
         let told: Vec<String> = one.differences(&TreeDigest::of(&root).expect("a tree")).iter().map(Difference::to_string).collect();
-        let expected = ["/alone: mode 0644 became 0600", "/d/one: content", "/d/one: hard link group", "/d/two: File is missing", "/new: File is only", "/soft: Symlink became Dir"];
+        let expected = [
+            "/alone: mode 0644 became 0600",
+            "/d/one: content",
+            "/d/one: hard link group",
+            "/d/two: File is missing",
+            "/new: File is only",
+            "/soft: Symlink became Dir",
+        ];
         assert_eq!(told.len(), expected.len(), "{told:#?}");
         for (told, expected) in told.iter().zip(expected) {
             assert!(told.starts_with(expected), "{told:?} does not begin with {expected:?}");
