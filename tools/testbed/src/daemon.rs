@@ -31,7 +31,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 }
 
 /// Looks at a condition until it gives a value; after `limit` the error says what was waited for.
-pub(crate) fn wait_until<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub fn wait_until<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();
     loop {
         if let Some(value) = probe()? {

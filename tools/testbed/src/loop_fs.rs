@@ -88,8 +88,13 @@ mod tests {
         let before = disk.bytes_read().expect("a count");
         fs::read(&file).expect("a cold read");
         let cold = disk.bytes_read().expect("a count") - before;
-        fs::read(&file).expect("a warm read");
-        let warm = disk.bytes_read().expect("a count") - before - cold;
+        // Something else on the machine may drop caches between two reads, but hardly every time.
+        let warm_read = |_| {
+            let before = disk.bytes_read().expect("a count");
+            fs::read(&file).expect("a warm read");
+            disk.bytes_read().expect("a count") - before
+        };
+        let warm = (0..5).map(warm_read).min().expect("five reads");
         assert!((SIZE..SIZE * 2).contains(&cold), "{cold} bytes for a cold read of {SIZE}");
         assert!(warm < SIZE / 2, "{warm} bytes for a warm read");
         let at = disk.path().to_path_buf();

@@ -54,6 +54,11 @@ pub fn is_mounted(path: &Path) -> bool {
     list().iter().any(|mount| mount.at == path)
 }
 
+/// Whether something is mounted at or below `dir`.
+pub fn is_anything_mounted_below(dir: &Path) -> bool {
+    list().iter().any(|mount| mount.at.starts_with(dir))
+}
+
 /// Unmounts everything mounted at or below `dir`, the newest first. A busy mount, or one whose FUSE server is gone, is detached: it
 /// disappears from sight at once and is freed with its last user.
 pub fn unmount_below(dir: &Path) {

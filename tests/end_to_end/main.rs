@@ -1,0 +1,172 @@
+//! Whole-system tests: a real registry, the converter, the node daemon, a real containerd and the real kernel.
+
+mod images;
+mod survive;
+mod world;
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+
+use testbed::{Compression, Image, SlipwaydConfig, need, require};
+use world::{World, assert_same_tree, store_files};
+
+/// The same number on every Linux architecture.
+const EIO: i32 = 5;
+
+/// What every test here needs of the machine.
+macro_rules! require_everything {
+    () => {
+        require!(need::containers(), need::path("/bin/busybox"), need::file_system("erofs"), need::path("/dev/fuse"))
+    };
+}
+
+#[test]
+fn a_converted_image_starts_from_its_original_reference_without_fetching_a_layer() {
+    require_everything!();
+    let world = World::new("lazy");
+    let (reference, built) = world.push_converted("full", &images::full());
+    let node = world.node();
+
+    assert_eq!(node.pull(&world, &reference, &built), [""; 0], "no layer is fetched");
+    assert_eq!(node.containerd.run(&reference, "c1", &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
+    let same = world.scratch.join("same");
+    fs::write(&same, images::noise(77, 100_000)).expect("a file");
+    let sum = |text: String| text.split(' ').next().map(str::to_owned);
+    assert_eq!(
+        sum(node.containerd.run(&reference, "c2", &["/bin/md5sum", "/data/prose-dir/new"]).expect("a container")),
+        sum(testbed::run("md5sum", [&same]).expect("md5sum"))
+    );
+
+    assert_same_tree(&world.plain_tree(&reference, &built), &node.tree(&built));
+}
+
+#[test]
+fn an_image_that_was_never_converted_is_pulled_the_ordinary_way() {
+    require_everything!();
+    let world = World::new("plain");
+    world.push_converted("other", &Image::new().layer(&images::extra(), Compression::Gzip));
+    let (reference, built) = world.push("full", &images::full());
+    let node = world.node();
+
+    let all: Vec<String> = built.layers.iter().map(|layer| layer.digest.clone()).collect();
+    assert_eq!(node.pull(&world, &reference, &built), all, "every layer is fetched");
+    assert_eq!(node.containerd.run(&reference, "c1", &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
+    assert_same_tree(&world.plain_tree(&reference, &built), &node.tree(&built));
+}
+
+#[test]
+fn a_converted_base_saves_the_bottom_of_images_built_on_it() {
+    require_everything!();
+    let world = World::new("prefix");
+    world.push_converted("base", &images::full());
+    let (reference, built) = world.push("built-on-it", &images::full().layer(&images::extra(), Compression::Gzip));
+    let node = world.node();
+
+    assert_eq!(node.pull(&world, &reference, &built), [built.layers[3].digest.clone()], "only the layer on top is fetched");
+    assert_eq!(node.containerd.run(&reference, "c1", &["/bin/cat", "/extra/small"]).expect("a container"), "tiny");
+    assert_same_tree(&world.plain_tree(&reference, &built), &node.tree(&built));
+}
+
+#[test]
+fn a_prefix_of_a_converted_image_is_known_too() {
+    require_everything!();
+    let world = World::new("cut");
+    world.push_converted("whole", &images::full().layer(&images::extra(), Compression::Gzip));
+    // Shares two layers with the converted image and then goes another way.
+    let other = Image::new()
+        .layer(&images::base(), Compression::Gzip)
+        .layer(&images::everything(), Compression::Zstd)
+        .layer(&images::extra(), Compression::Zstd);
+    let (reference, built) = world.push("other", &other);
+    let node = world.node();
+
+    assert_eq!(node.pull(&world, &reference, &built), [built.layers[2].digest.clone()], "only the layer that differs is fetched");
+    assert_same_tree(&world.plain_tree(&reference, &built), &node.tree(&built));
+}
+
+#[test]
+fn a_node_whose_store_is_missing_or_broken_pulls_the_ordinary_way() {
+    require_everything!();
+    let world = World::new("broken");
+    let (reference, built) = world.push_converted("full", &images::full());
+    let plain = world.plain_tree(&reference, &built);
+    let key = world.converter.public_key();
+
+    let missing = world.scratch.join("no-such-store");
+    let no_store = world.scratch.make_dir("no-store").expect("a directory");
+    fs::write(no_store.join("slipway.json"), b"{ not json").expect("a file");
+    let damaged = world.scratch.join("damaged");
+    testbed::run("cp", ["-a", &world.store.to_string_lossy(), &damaged.to_string_lossy()]).expect("a copy");
+    let metadata = store_files(&damaged.join("meta"), ".erofs.zst");
+    assert!(!metadata.is_empty(), "an image has metadata");
+    for file in metadata {
+        fs::write(&file, b"not what its name says").expect("damage");
+    }
+    let untrusted = SlipwaydConfig { trusted_keys: Vec::new(), ..SlipwaydConfig::new(&world.store, []) };
+
+    let configs = [missing, no_store, damaged].map(|store| SlipwaydConfig::new(&store, [key.clone()]));
+    for config in configs.into_iter().chain([untrusted]) {
+        let node = world.node_with(&config);
+        assert!(node.pull(&world, &reference, &built).contains(&built.layers[2].digest), "{config:?}: the top is no miss");
+        assert_eq!(node.containerd.run(&reference, "c1", &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
+        assert_same_tree(&plain, &node.tree(&built));
+        drop(node);
+        for dir in ["slipwayd", "lazy"] {
+            fs::remove_dir_all(world.scratch.join(dir)).expect("the node's directories can go");
+        }
+    }
+}
+
+#[test]
+fn damaged_data_is_an_io_error_and_never_wrong_bytes() {
+    require_everything!();
+    let world = World::new("damage");
+    let (reference, built) = world.push_converted("full", &images::full());
+    let plain = world.plain_tree(&reference, &built);
+    for pack in store_files(&world.store, ".pack") {
+        let file = fs::File::options().read(true).write(true).open(&pack).expect("a pack");
+        // The first unit: packs begin with it.
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 1000).expect("a byte");
+        file.write_all_at(&[byte[0] ^ 1], 1000).expect("a byte");
+    }
+    let node = world.node();
+    assert_eq!(node.pull(&world, &reference, &built), [""; 0]);
+
+    let view = node.containerd.view(built.top_chain()).expect("a view");
+    let (mut right, mut failed) = (0, 0);
+    for (path, expected) in plain.nodes().filter(|(_, node)| node.kind == testbed::NodeKind::File) {
+        match fs::read(view.path().join(path)) {
+            Ok(bytes) => {
+                assert_eq!(Some(blake3::hash(&bytes)), expected.content, "/{path} was read and is not what it was");
+                right += 1;
+            }
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(EIO), "/{path}: {error}");
+                failed += 1;
+            }
+        }
+    }
+    assert!(right > 0 && failed > 0, "{right} files read, {failed} failed");
+}
+
+#[test]
+fn removing_the_image_leaves_no_snapshot_and_no_mount() {
+    require_everything!();
+    let world = World::new("remove");
+    let (reference, built) = world.push_converted("full", &images::full());
+    let node = world.node();
+    node.pull(&world, &reference, &built);
+    node.containerd.run(&reference, "c1", &["/bin/cat", "/data/huge"]).expect("a container");
+    assert!(node.containerd.snapshots(&["ls"]).expect("a list").contains(built.top_chain()));
+
+    node.containerd.cri().expect("a CRI client").remove(&reference).expect("a removal");
+    assert!(!node.containerd.snapshots(&["ls"]).expect("a list").contains("sha256:"));
+    // Unmounting may go on after the call returned.
+    let mounts = node.slipwayd.state();
+    testbed::wait_until("nothing is mounted below the state directory", std::time::Duration::from_secs(10), || {
+        Ok((!testbed::is_anything_mounted_below(&mounts.join("mounts"))).then_some(()))
+    })
+    .expect("the image is unmounted");
+    assert_eq!(node.pull(&world, &reference, &built), [""; 0], "and it can be pulled again");
+}
