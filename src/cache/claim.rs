@@ -1,13 +1,13 @@
 //! States of a pack's units, and who fills which: one fill per unit however many ask.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 use uapi::fuse::Errno;
 
-use super::presence::Presence;
+use super::presence::{Presence, Saved};
 use super::{Pack, UnitIndex, Verified};
 
 /// What an asker needs before it can answer.
@@ -35,8 +35,10 @@ pub struct Units {
     flights: Mutex<HashMap<UnitIndex, Flight>>,
     /// Something became Ready, or ceased to be, since the last saved map.
     changed: AtomicBool,
-    /// Units in the last saved map.
-    durable: AtomicU32,
+    /// The last saved map. Changed by whoever saves, looked at before a direct mount.
+    saved: Mutex<Saved>,
+    /// Held across one save of the map, so that saves do not overtake each other.
+    saving: tokio::sync::Mutex<()>,
 }
 
 type Outcome = Result<Verified, Errno>;
@@ -93,11 +95,17 @@ pub struct Fill {
 }
 
 impl Units {
-    /// `count` units; those in `present` are trusted or have to be checked.
-    pub fn new(count: u32, present: &Presence, trusted: bool) -> Units {
+    /// `count` units; those in `saved` are trusted or have to be checked.
+    pub fn new(count: u32, saved: &Saved, trusted: bool) -> Units {
         let stored = if trusted { READY } else { UNCHECKED };
-        let state = |unit| AtomicU8::new(if present.has(UnitIndex(unit)) { stored } else { ABSENT });
-        Units { states: (0..count).map(state).collect(), flights: Mutex::default(), changed: AtomicBool::new(false), durable: AtomicU32::new(present.count()) }
+        let state = |unit| AtomicU8::new(if saved.present.has(UnitIndex(unit)) { stored } else { ABSENT });
+        Units {
+            states: (0..count).map(state).collect(),
+            flights: Mutex::default(),
+            changed: AtomicBool::new(false),
+            saved: Mutex::new(saved.clone()),
+            saving: tokio::sync::Mutex::default(),
+        }
     }
 
     /// Whether the unit's bytes can be read from the local file as they are.
@@ -117,25 +125,38 @@ impl Units {
         state.load(Ordering::Relaxed) & MARKED != 0 && state.fetch_and(!MARKED, Ordering::Relaxed) & MARKED != 0
     }
 
-    /// The units whose bytes are in the local file, and whether that changed since the last call with this answer. A later
-    /// [`Units::saved`] or [`Units::not_saved`] says what became of it.
-    pub fn take_changes(&self) -> Option<Presence> {
-        // Acquire pairs with the Release in `set`: the snapshot has at least what raised the flag.
-        self.changed.swap(false, Ordering::Acquire).then(|| {
-            let count = u32::try_from(self.states.len()).expect("packs have at most 2^14 units");
-            let mut present = Presence::empty(count);
-            for (index, state) in (0..).zip(&self.states) {
-                if matches!(state.load(Ordering::Acquire) & STATE, READY | UNCHECKED) {
-                    present.insert(UnitIndex(index));
-                }
-            }
-            present
-        })
+    /// Whether there is a map to save.
+    pub fn has_changed(&self) -> bool {
+        self.changed.load(Ordering::Relaxed)
     }
 
-    /// The map of `units` units is durable, and so is their data.
-    pub fn saved(&self, units: u32) {
-        self.durable.store(units, Ordering::Release);
+    /// The right to save the map: one at a time.
+    pub async fn saving(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.saving.lock().await
+    }
+
+    /// Whether the map on disk says that this unit is stored.
+    pub fn is_saved(&self, unit: UnitIndex) -> bool {
+        self.last_saved().present.has(unit)
+    }
+
+    /// The map to save next, if units were stored or lost since the last call: after the data it stands for is durable, write it and call
+    /// [`Units::saved`], or else [`Units::not_saved`].
+    pub fn to_save(&self) -> Option<Saved> {
+        // Acquire pairs with the Release of whoever raised the flag: their unit is in the snapshot.
+        if !self.changed.swap(false, Ordering::Acquire) {
+            return None;
+        }
+        let mut next = self.last_saved().clone();
+        next.generation += 1;
+        next.present = Presence::empty(u32::try_from(self.states.len()).expect("units are counted in u32"));
+        (0..).zip(&self.states).filter(|(_, state)| is_stored(state)).for_each(|(index, _)| next.present.insert(UnitIndex(index)));
+        Some(next)
+    }
+
+    /// This map is durable, and so is the data it stands for.
+    pub fn saved(&self, map: Saved) {
+        *self.last_saved() = map;
     }
 
     /// The map could not be saved; try again later.
@@ -145,7 +166,20 @@ impl Units {
 
     /// Whether every unit is stored and known to be durable.
     pub fn all_durable(&self) -> bool {
-        self.durable.load(Ordering::Acquire) as usize == self.states.len() && self.states.iter().all(|state| matches!(state.load(Ordering::Acquire) & STATE, READY | UNCHECKED))
+        self.last_saved().present.count() as usize == self.states.len() && self.states.iter().all(is_stored)
+    }
+
+    /// The local file does not give the unit's bytes any more: it is Absent from now on.
+    pub fn lose(&self, unit: UnitIndex) {
+        let _flights = self.flights();
+        if self.is_ready(unit) {
+            self.set(unit, ABSENT);
+            self.not_saved();
+        }
+    }
+
+    fn last_saved(&self) -> MutexGuard<'_, Saved> {
+        self.saved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self, unit: UnitIndex) -> &AtomicU8 {
@@ -157,9 +191,13 @@ impl Units {
         let _ = self.state(unit).fetch_update(Ordering::Release, Ordering::Relaxed, |old| Some(old & !STATE | to));
     }
 
-    fn flights(&self) -> std::sync::MutexGuard<'_, HashMap<UnitIndex, Flight>> {
+    fn flights(&self) -> MutexGuard<'_, HashMap<UnitIndex, Flight>> {
         self.flights.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn is_stored(state: &AtomicU8) -> bool {
+    matches!(state.load(Ordering::Acquire) & STATE, READY | UNCHECKED)
 }
 
 impl Pack {
@@ -242,7 +280,7 @@ impl Fill {
     /// The bytes that an earlier process stored are not the unit's; they no longer count.
     pub fn not_cached(&mut self) {
         self.cached = false;
-        self.pack.units.changed.store(true, Ordering::Release);
+        self.pack.units.not_saved();
     }
 
     /// The fill did not work. Those who wait get the error; the next asker tries anew.
@@ -265,7 +303,7 @@ impl Fill {
         };
         if state == READY && !self.cached {
             // After the state, so that whoever takes the flag sees the unit.
-            units.changed.store(true, Ordering::Release);
+            units.not_saved();
         }
         let Some(outcome) = outcome else { return };
         for tx in flight.bytes.into_iter().chain(flight.stored) {

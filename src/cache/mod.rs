@@ -28,6 +28,7 @@ pub mod presence;
 pub mod verify;
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -37,7 +38,7 @@ use erofs::digest::Digest;
 use erofs::pack::PackTable;
 
 pub use claim::{Claim, Fill, Wait, Wants};
-pub use presence::Presence;
+pub use presence::{Presence, Saved};
 pub use verify::Verified;
 
 use ahead::Streams;
@@ -83,13 +84,14 @@ pub struct Pack {
 }
 
 impl Pack {
-    /// A pack whose units in `present` were stored by someone earlier. A local file's are checked before they are used; the kernel's
+    /// A pack whose units in `saved` were stored by someone earlier. A local file's are checked before they are used; the kernel's
     /// cannot be.
-    pub fn new(table: PackTable, file: PackFile, present: &Presence) -> Pack {
+    pub fn new(table: PackTable, file: PackFile, saved: &Saved) -> Pack {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let trusted = matches!(file, PackFile::Kernel { .. });
-        let streams = Mutex::new(Streams::new(table.unit_count()));
-        Pack { id: PackId(NEXT.fetch_add(1, Ordering::Relaxed)), units: Units::new(table.unit_count(), present, trusted), table, file, streams }
+        let units = Units::new(table.unit_count(), saved, trusted);
+        let streams = Mutex::new(Streams::new(table.unit_count(), table.unit_bits()));
+        Pack { id: PackId(NEXT.fetch_add(1, Ordering::Relaxed)), table, file, units, streams }
     }
 
     /// This pack among all of the process.
@@ -137,6 +139,12 @@ impl Pack {
         UnitIndex((offset >> self.table.unit_bits().bits()) as u32)
     }
 
+    /// The units that `len` bytes from `offset` touch; `None` if that is no byte, or if the range leaves the pack.
+    pub fn units_in(&self, offset: u64, len: u32) -> Option<Range<u32>> {
+        let end = offset.checked_add(u64::from(len)).filter(|&end| len > 0 && end <= self.len())?;
+        Some(self.unit_at(offset).0..self.unit_at(end - 1).0 + 1)
+    }
+
     /// What is known of the pack's readers.
     pub fn streams(&self) -> MutexGuard<'_, Streams> {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
@@ -145,5 +153,29 @@ impl Pack {
     /// States of the units.
     pub fn units(&self) -> &Units {
         &self.units
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fake::Sample;
+
+    #[test]
+    fn a_range_touches_whole_units() {
+        // 2 units of 64 KiB and one of 8 KiB.
+        let pack = Sample::mixed(1, 139_264).pack();
+        for (offset, len, expected) in [
+            (0, 1, Some(0..1)),
+            (0, 65_536, Some(0..1)),
+            (65_535, 2, Some(0..2)),
+            (65_536, 65_536, Some(1..2)),
+            (0, 139_264, Some(0..3)),
+            (139_263, 1, Some(2..3)),
+            (139_263, 2, None),
+            (0, 0, None),
+            (u64::MAX, 2, None),
+        ] {
+            assert_eq!(pack.units_in(offset, len), expected, "{len} from {offset}");
+        }
     }
 }

@@ -59,8 +59,25 @@ impl Presence {
     }
 }
 
-/// The slot that says `present`, and where in the map file it goes.
-pub fn encode(pack: &Digest, generation: u64, present: &Presence) -> (u64, Vec<u8>) {
+/// What a map file says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// Of the slot that counts; 0 if none does.
+    pub generation: u64,
+    /// The durable units.
+    pub present: Presence,
+}
+
+impl Saved {
+    /// No map: no unit of `units` is durable.
+    pub fn nothing(units: u32) -> Saved {
+        Saved { generation: 0, present: Presence::empty(units) }
+    }
+}
+
+/// The slot that says `saved`, and where in the map file it goes.
+pub fn encode(pack: &Digest, saved: &Saved) -> (u64, Vec<u8>) {
+    let Saved { generation, present } = saved;
     let mut slot = vec![0; SLOT];
     slot[..CRC_OFFSET].copy_from_slice(MAGIC);
     slot[UNITS_OFFSET..GENERATION_OFFSET].copy_from_slice(&present.units.to_le_bytes());
@@ -73,12 +90,13 @@ pub fn encode(pack: &Digest, generation: u64, present: &Presence) -> (u64, Vec<u
     (generation % 2 * SLOT as u64, slot)
 }
 
-/// Reads a map file of a pack with `units` units: its generation and set. Generation 0 and the empty set if there is no valid slot.
-pub fn decode(pack: &Digest, units: u32, file: &[u8]) -> (u64, Presence) {
-    file.chunks_exact(SLOT).take(2).filter_map(|slot| decode_slot(pack, units, slot)).max_by_key(|(generation, _)| *generation).unwrap_or_else(|| (0, Presence::empty(units)))
+/// Reads a map file of a pack with `units` units.
+pub fn decode(pack: &Digest, units: u32, file: &[u8]) -> Saved {
+    let valid = file.chunks_exact(SLOT).take(2).filter_map(|slot| decode_slot(pack, units, slot));
+    valid.max_by_key(|saved| saved.generation).unwrap_or_else(|| Saved::nothing(units))
 }
 
-fn decode_slot(pack: &Digest, units: u32, slot: &[u8]) -> Option<(u64, Presence)> {
+fn decode_slot(pack: &Digest, units: u32, slot: &[u8]) -> Option<Saved> {
     let (magic, rest) = slot.split_first_chunk::<8>()?;
     let (crc, covered) = rest.split_first_chunk::<4>()?;
     let (slot_units, rest) = covered.split_first_chunk::<4>()?;
@@ -91,7 +109,7 @@ fn decode_slot(pack: &Digest, units: u32, slot: &[u8]) -> Option<(u64, Presence)
     let right = magic == MAGIC && *name == pack.0 && u32::from_le_bytes(*slot_units) == units && crc32fast::hash(covered) == u32::from_le_bytes(*crc);
     // Bits past the last unit would count as units.
     let tail_clear = units % 8 == 0 || present.bits.last().is_none_or(|last| last >> (units % 8) == 0);
-    (right && tail_clear).then(|| (u64::from_le_bytes(*generation), present))
+    (right && tail_clear).then(|| Saved { generation: u64::from_le_bytes(*generation), present })
 }
 
 #[cfg(test)]
@@ -99,10 +117,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn set(units: u32, members: &[u32]) -> Presence {
+    fn saved(generation: u64, units: u32, members: &[u32]) -> Saved {
         let mut present = Presence::empty(units);
         members.iter().for_each(|&unit| present.insert(UnitIndex(unit)));
-        present
+        Saved { generation, present }
     }
 
     fn file(slots: &[(u64, Vec<u8>)]) -> Vec<u8> {
@@ -116,31 +134,30 @@ mod tests {
     #[test]
     fn the_newer_valid_slot_counts() {
         let pack = Digest::of(b"pack");
-        let older = encode(&pack, 6, &set(11, &[0]));
-        let newer = encode(&pack, 7, &set(11, &[0, 10]));
+        let older = encode(&pack, &saved(6, 11, &[0]));
+        let newer = encode(&pack, &saved(7, 11, &[0, 10]));
         assert_eq!((older.0, newer.0), (0, 4096));
         let both = file(&[older.clone(), newer]);
-        assert_eq!(decode(&pack, 11, &both), (7, set(11, &[0, 10])));
+        assert_eq!(decode(&pack, 11, &both), saved(7, 11, &[0, 10]));
         let mut torn = both.clone();
         torn[SLOT + BITS_OFFSET] ^= 0x10;
-        assert_eq!(decode(&pack, 11, &torn), (6, set(11, &[0])));
-        assert_eq!(decode(&pack, 11, &both[..2 * SLOT - 1]), (6, set(11, &[0])));
+        assert_eq!(decode(&pack, 11, &torn), saved(6, 11, &[0]));
+        assert_eq!(decode(&pack, 11, &both[..2 * SLOT - 1]), saved(6, 11, &[0]));
     }
 
     #[test]
     fn what_is_not_this_packs_map_is_an_empty_one() {
         let pack = Digest::of(b"pack");
-        let map = file(&[encode(&pack, 2, &set(11, &[1, 2, 3]))]);
-        let empty = |units| (0, Presence::empty(units));
-        assert_eq!(decode(&Digest::of(b"other"), 11, &map), empty(11));
-        assert_eq!(decode(&pack, 12, &map), empty(12));
+        let map = file(&[encode(&pack, &saved(2, 11, &[1, 2, 3]))]);
+        assert_eq!(decode(&Digest::of(b"other"), 11, &map), Saved::nothing(11));
+        assert_eq!(decode(&pack, 12, &map), Saved::nothing(12));
         for len in [0, 1, 55, SLOT - 1] {
-            assert_eq!(decode(&pack, 11, &map[..len]), empty(11), "{len}");
+            assert_eq!(decode(&pack, 11, &map[..len]), Saved::nothing(11), "{len}");
         }
         for at in 0..BITS_OFFSET + 2 {
             let mut flipped = map.clone();
             flipped[at] ^= 1;
-            assert_eq!(decode(&pack, 11, &flipped), empty(11), "byte {at}");
+            assert_eq!(decode(&pack, 11, &flipped), Saved::nothing(11), "byte {at}");
         }
     }
 
@@ -148,8 +165,8 @@ mod tests {
         #[test]
         fn what_was_encoded_is_read_back(units in 1u32..=16_384, seed: Vec<u32>, generation in 1u64..) {
             let pack = Digest::of(b"p");
-            let present = set(units, &seed.iter().map(|s| s % units).collect::<Vec<_>>());
-            prop_assert_eq!(decode(&pack, units, &file(&[encode(&pack, generation, &present)])), (generation, present));
+            let saved = saved(generation, units, &seed.iter().map(|s| s % units).collect::<Vec<_>>());
+            prop_assert_eq!(decode(&pack, units, &file(&[encode(&pack, &saved)])), saved);
         }
 
         #[test]

@@ -1,13 +1,49 @@
 //! From asks to answers: whole units are claimed, fetched in runs, verified, answered and stored.
+//!
+//! An [`Engine`] has data threads, each with a ring of its own ([`data`]), which read the store and write the cache; decoders
+//! ([`decode`]), which decompress and verify; and one thread that has maps saved now and then. Which units an ask needs and which a store
+//! read brings is decided in [`plan`], how far ahead of a reader to fetch in [`crate::cache::ahead`].
 
+mod data;
+mod decode;
+pub mod plan;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as sync};
+use std::thread;
+use std::time::Duration;
 
 use erofs::digest::Digest;
+use erofs::pack::{PackError, PackTable};
+use tokio::sync::{Semaphore, mpsc};
+use uapi::buffer::Pool;
 
+use crate::cache::disk::{Disk, RingDisk};
+use crate::cache::local::{CacheError, LocalCache};
 use crate::cache::{Pack, UnitIndex};
-use crate::kernel::{Ask, Serve};
+use crate::kernel::{Ask, Errno, Serve};
 use crate::metrics::Metrics;
+use crate::store::chunks::{ChunkStore, StoreHandle, UfsChunks};
+use crate::store::{Name, StoreError};
+
+use data::Data;
+use decode::Decoders;
+
+/// An ask without bytes for this long is answered EIO, and a store read without an answer given up. Longer than the failover of most file
+/// servers; shorter than the 120 s after which the kernel reports (or on some nodes panics over) a hung task.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// What is stored becomes durable, and known to the next worker, this often. A crash of the node loses no more than this much fetching;
+/// a crash of the worker as well, though its data is still there.
+const SAVE_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Entries of a data thread's ring: what one thread has under way is far less (see [`Limits::store_reads`] and the look-ahead budget).
+const RING_ENTRIES: u32 = 256;
 
 /// What an engine works with.
 pub struct EngineOptions {
@@ -15,7 +51,7 @@ pub struct EngineOptions {
     pub store_dir: PathBuf,
     /// The cache's directory; made if it is not there.
     pub cache_dir: PathBuf,
-    /// Threads with a ring of their own; 0 for one per two CPUs.
+    /// Threads with a ring of their own; 0 for the default, one per four CPUs.
     pub data_threads: usize,
     /// Where to count.
     pub metrics: Arc<Metrics>,
@@ -23,57 +59,278 @@ pub struct EngineOptions {
 
 /// A pack cannot be had, or the engine cannot start.
 #[derive(Debug, thiserror::Error)]
-#[error("to come")]
-pub struct ServeError;
+pub enum ServeError {
+    /// The system refuses a thread or a ring.
+    #[error("cannot start {what}; check limits on threads, and that io_uring is allowed (sysctl kernel.io_uring_disabled)")]
+    Start {
+        /// What was to be started.
+        what: &'static str,
+        /// Why it was not.
+        #[source]
+        source: io::Error,
+    },
+    /// The local cache does not work.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// The store does not give the pack file.
+    #[error("cannot open pack {pack} in the store; check that the store is mounted and has this pack")]
+    Open {
+        /// The pack.
+        pack: Digest,
+        /// Why.
+        #[source]
+        source: StoreError,
+    },
+    /// The pack file cannot be read.
+    #[error("cannot read the tables of pack {pack} in the store; check the store's health")]
+    Read {
+        /// The pack.
+        pack: Digest,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The pack file is not what its name promises.
+    #[error(transparent)]
+    Table(#[from] PackError),
+}
+
+/// What a data thread is told.
+enum Job {
+    Ask(Ask),
+    LookAhead(Arc<Pack>, UnitIndex),
+    /// Save these packs' maps; then send.
+    Save(Vec<Arc<Pack>>, sync::Sender<()>),
+    Stop,
+}
+
+/// Bounds that tests tighten.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// See [`DEADLINE`].
+    deadline: Duration,
+    /// Store reads one data thread has under way. A ring runs blocking operations on at most 4 worker threads per CPU (`io_uring/io-wq.c`),
+    /// and on a hung share each read holds one for ever; two are left for the cache, so what is cached stays readable.
+    store_reads: usize,
+}
+
+impl Limits {
+    fn real(cpus: usize) -> Limits {
+        Limits { deadline: DEADLINE, store_reads: 4 * cpus - 2 }
+    }
+}
 
 /// The data path of one worker.
-pub struct Engine {}
+pub struct Engine {
+    threads: Vec<DataThread>,
+    /// Whose turn it is: asks go to the data threads in turn.
+    turn: AtomicUsize,
+    packs: Arc<Mutex<HashMap<Digest, Arc<Pack>>>>,
+    source: Option<Source>,
+    metrics: Arc<Metrics>,
+    deadline: Duration,
+    /// Dropped to end the saving thread.
+    saver: Mutex<Option<sync::Sender<()>>>,
+}
 
-#[allow(clippy::todo, unused_variables)]
+struct DataThread {
+    jobs: mpsc::UnboundedSender<Job>,
+    /// Disconnected when the thread has done its last job.
+    ended: Mutex<sync::Receiver<()>>,
+}
+
+/// Where packs come from.
+struct Source {
+    store: Arc<StoreHandle>,
+    cache: LocalCache,
+}
+
 impl Engine {
     /// Starts the data threads. Does not touch the store.
     pub fn start(options: EngineOptions) -> Result<Arc<Engine>, ServeError> {
-        todo!()
+        let cpus = thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = if options.data_threads == 0 { cpus.div_ceil(4) } else { options.data_threads };
+        let store = Arc::new(StoreHandle::new(options.store_dir));
+        let source = Source { store: Arc::clone(&store), cache: LocalCache::open(&options.cache_dir)? };
+        let seams = move || (UfsChunks::new(Arc::clone(&store)), RingDisk::default());
+        Engine::with_seams(threads, cpus, Limits::real(cpus), options.metrics, Some(source), seams)
+    }
+
+    /// Starts an engine over any store and disk; `seams` is called once on each data thread.
+    fn with_seams<S: ChunkStore + 'static, D: Disk + 'static>(
+        threads: usize,
+        decoders: usize,
+        limits: Limits,
+        metrics: Arc<Metrics>,
+        source: Option<Source>,
+        seams: impl Fn() -> (S, D) + Clone + Send + 'static,
+    ) -> Result<Arc<Engine>, ServeError> {
+        let pool = Pool::new();
+        let decoders = Decoders::start(decoders, &pool).map_err(|source| ServeError::Start { what: "a decoder thread", source })?;
+        let start = |number| {
+            let (decoders, pool, metrics, seams) = (decoders.clone(), Arc::clone(&pool), Arc::clone(&metrics), seams.clone());
+            let data = move || {
+                let (store, disk) = seams();
+                let reads = Arc::new(Semaphore::new(limits.store_reads));
+                Data { store: Rc::new(store), disk, decoders, pool, reads, ahead: Default::default(), limits, metrics }
+            };
+            DataThread::start(number, data).map_err(|source| ServeError::Start { what: "a data thread", source })
+        };
+        let threads = (0..threads).map(start).collect::<Result<_, _>>()?;
+        let (saver, stop_saving) = sync::channel();
+        let engine = Arc::new(Engine {
+            threads,
+            turn: AtomicUsize::new(0),
+            packs: Arc::default(),
+            source,
+            metrics,
+            deadline: limits.deadline,
+            saver: Mutex::new(Some(saver)),
+        });
+        let (packs, jobs) = (Arc::clone(&engine.packs), engine.threads[0].jobs.clone());
+        let saving = thread::Builder::new().name("save-maps".into()).spawn(move || save_now_and_then(&packs, &jobs, &stop_saving));
+        saving.map_err(|source| ServeError::Start { what: "the saving thread", source })?;
+        Ok(engine)
     }
 
     /// The pack of this name, ready to be attached to a backend. Reads footer and unit table from the local copy, or else from the store:
     /// blocking, so not for a gRPC handler. The same value for as long as the engine lives.
     pub fn pack(&self, digest: &Digest) -> Result<Arc<Pack>, ServeError> {
-        todo!()
+        if let Some(pack) = self.packs().get(digest) {
+            return Ok(Arc::clone(pack));
+        }
+        let source = self.source.as_ref().expect("engines without a source are for tests that bring their own packs");
+        let table = source.table(digest)?;
+        // Local work only under the lock, so that one pack's files are not opened twice.
+        let mut packs = self.packs();
+        if let Some(pack) = packs.get(digest) {
+            return Ok(Arc::clone(pack));
+        }
+        let pack = Arc::new(source.cache.pack(table)?);
+        packs.insert(*digest, Arc::clone(&pack));
+        Ok(pack)
     }
 
-    /// Whether every unit of the pack is in `serve/<digest>` and durable, so that the file can be mounted directly.
+    /// Takes in a pack whose file someone else opened: the kernel, or a test.
+    pub fn adopt(&self, pack: Arc<Pack>) {
+        self.packs().insert(pack.digest(), pack);
+    }
+
+    /// Whether every unit of the pack is in the local file and durable, so that [`Engine::local_file`] can be mounted directly.
     pub fn is_complete(&self, pack: &Pack) -> bool {
-        todo!()
+        pack.units().all_durable()
     }
 
     /// `<cache>/serve/<digest>`: the local file with the pack's uncompressed bytes.
     pub fn local_file(&self, pack: &Digest) -> PathBuf {
-        todo!()
+        self.source.as_ref().map(|source| source.cache.served(pack)).unwrap_or_default()
     }
 
-    /// Makes everything stored so far durable and its presence known to the next worker. Blocks.
+    /// Makes everything stored so far durable and its presence known to the next worker. Blocks, at most for [`DEADLINE`].
     pub fn flush(&self) {
-        todo!()
+        let (done, flushed) = sync::channel();
+        let packs = changed(&self.packs());
+        if self.threads[0].jobs.send(Job::Save(packs, done)).is_ok() {
+            let _ = flushed.recv_timeout(self.deadline);
+        }
     }
 
-    /// Answers what is under way, flushes, and ends the data threads. Asks that come later are answered EIO.
+    /// Answers what is under way, flushes, and ends the data threads; blocks, at most for twice [`DEADLINE`]. Asks that come later are
+    /// answered EIO.
     pub fn stop(&self) {
-        todo!()
+        self.saver.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (first, others) = self.threads.split_first().expect("an engine has at least one data thread");
+        others.iter().for_each(|thread| thread.stop(self.deadline));
+        self.flush();
+        first.stop(self.deadline);
+    }
+
+    fn packs(&self) -> MutexGuard<'_, HashMap<Digest, Arc<Pack>>> {
+        self.packs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn send(&self, job: Job) {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed) % self.threads.len();
+        if let Err(mpsc::error::SendError(Job::Ask(ask))) = self.threads[turn].jobs.send(job) {
+            ask.answer(Err(Errno::IO));
+        }
     }
 }
 
-#[allow(clippy::todo, unused_variables)]
 impl Serve for Engine {
     fn submit(&self, ask: Ask) {
-        todo!()
+        self.metrics.asks.bump();
+        self.send(Job::Ask(ask));
     }
 
     fn look_ahead(&self, pack: &Arc<Pack>, unit: UnitIndex) {
-        todo!()
+        self.send(Job::LookAhead(Arc::clone(pack), unit));
     }
 
     fn metrics(&self) -> &Arc<Metrics> {
-        todo!()
+        &self.metrics
     }
 }
+
+impl DataThread {
+    fn start<S: ChunkStore + 'static, D: Disk + 'static>(number: usize, data: impl FnOnce() -> Data<S, D> + Send + 'static) -> io::Result<DataThread> {
+        let (jobs, todo) = mpsc::unbounded_channel();
+        let (end, ended) = sync::channel();
+        thread::Builder::new().name(format!("data-{number}")).spawn(move || {
+            tokio_uring::builder().entries(RING_ENTRIES).start(async {
+                Rc::new(data()).run(todo).await;
+                // Now, and not when the runtime is gone: it waits for every operation, also one on a hung share.
+                drop(end);
+            });
+        })?;
+        Ok(DataThread { jobs, ended: Mutex::new(ended) })
+    }
+
+    fn stop(&self, deadline: Duration) {
+        let _ = self.jobs.send(Job::Stop);
+        let _ = self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(deadline);
+    }
+}
+
+impl Source {
+    /// A pack's tables, verified: the local copy, or else the store's.
+    fn table(&self, digest: &Digest) -> Result<PackTable, ServeError> {
+        if let Some((footer, unit_table)) = self.cache.tables(digest)
+            && let Ok(table) = PackTable::parse_footer(digest, &footer).and_then(|footer| PackTable::parse(footer, &unit_table))
+        {
+            return Ok(table);
+        }
+        let unread = |source| ServeError::Read { pack: *digest, source };
+        let file = self.store.open_file(&Name::Pack(*digest)).map_err(|source| ServeError::Open { pack: *digest, source })?;
+        let len = file.metadata().map_err(unread)?.len();
+        let mut footer_bytes = vec![0; PackTable::FOOTER_LEN as usize];
+        let footer_at = len.checked_sub(PackTable::FOOTER_LEN).ok_or_else(|| unread(io::ErrorKind::UnexpectedEof.into()))?;
+        file.read_exact_at(&mut footer_bytes, footer_at).map_err(unread)?;
+        let footer = PackTable::parse_footer(digest, &footer_bytes)?;
+        let (offset, len) = footer.unit_table();
+        let mut unit_table = vec![0; len];
+        file.read_exact_at(&mut unit_table, offset).map_err(unread)?;
+        let table = PackTable::parse(footer, &unit_table)?;
+        self.cache.keep_tables(digest, &footer_bytes, &unit_table)?;
+        Ok(table)
+    }
+}
+
+fn changed(packs: &HashMap<Digest, Arc<Pack>>) -> Vec<Arc<Pack>> {
+    packs.values().filter(|pack| pack.units().has_changed()).cloned().collect()
+}
+
+/// Ends when the sender of `stop` is dropped.
+fn save_now_and_then(packs: &Mutex<HashMap<Digest, Arc<Pack>>>, jobs: &mpsc::UnboundedSender<Job>, stop: &sync::Receiver<()>) {
+    while let Err(sync::RecvTimeoutError::Timeout) = stop.recv_timeout(SAVE_INTERVAL) {
+        let packs = changed(&packs.lock().unwrap_or_else(PoisonError::into_inner));
+        let (done, saved) = sync::channel();
+        if !packs.is_empty() && jobs.send(Job::Save(packs, done)).is_ok() {
+            // One save at a time; an error just means that the data thread is gone.
+            let _ = saved.recv();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

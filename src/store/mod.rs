@@ -1,5 +1,6 @@
 //! The store on the shared file system: one directory tree of immutable, digest-named files.
 
+pub mod chunks;
 mod content;
 pub mod error;
 pub mod key;
