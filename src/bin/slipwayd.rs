@@ -1,2 +1,175 @@
-//! x
-fn main() {}
+//! `slipwayd`: the node daemon, and small tools to look at what it does.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+use slipway::config::Config;
+use slipway::node::client::{Client, mount_all};
+use slipway::node::holder::{self, HolderOptions};
+use slipway::node::worker;
+use slipway::oci::ChainId;
+use slipway::store::{Store, TrustFiles};
+use tracing_subscriber::EnvFilter;
+use uapi::mount::{Unmount, unmount};
+
+/// Where the configuration is unless said otherwise.
+const CONFIG: &str = "/etc/slipway/slipwayd.toml";
+
+/// Exit status for a command line or a configuration that cannot be used, as clap's own.
+const EXIT_USAGE: u8 = 2;
+
+/// Exit status when the daemon or what is asked for is not there.
+const EXIT_NOT_FOUND: u8 = 3;
+
+/// The Slipway node daemon: containers start before their images arrive.
+///
+/// It serves containerd as a snapshotter on a unix socket and answers the kernel's read requests for images mounted lazily from the store.
+/// Run as root by a service manager, ordered before containerd. SIGTERM stops it and leaves mounts in place; SIGHUP restarts the serving part,
+/// which is also how an upgrade is put to work: containers only wait a moment.
+#[derive(Parser)]
+#[command(name = "slipwayd", version, arg_required_else_help = false)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    config: ConfigArg,
+}
+
+#[derive(Args, Clone)]
+struct ConfigArg {
+    /// The configuration file
+    #[arg(long, short, global = true, value_name = "FILE", env = "SLIPWAYD_CONFIG", default_value = CONFIG)]
+    config: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the daemon (what happens without a command)
+    Run,
+    /// Check the configuration file and say what it sets
+    CheckConfig,
+    /// Mount an image of the store read-only at a directory, without containerd
+    ///
+    /// The image is a view of the running daemon, shown by overlayfs as a container would see it. It is kept until `slipwayd umount DIR`.
+    Mount {
+        /// Chain ID of the image's top layer: sha256:<64 hex digits>, as `erofs-convert show` prints it
+        chain: ChainId,
+        /// An existing directory
+        dir: PathBuf,
+    },
+    /// Undo `slipwayd mount`
+    Umount {
+        /// The directory given to `mount`
+        dir: PathBuf,
+    },
+    /// The serving part; started by `run`
+    #[command(hide = true)]
+    Worker,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let config = match load(&cli.config.config) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("slipwayd: {error:#}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    let done = match cli.command.unwrap_or(Command::Run) {
+        Command::Run => run(&config, &cli.config.config),
+        Command::Worker => work(&config),
+        Command::CheckConfig => {
+            println!("{}: good\n{config:#?}", cli.config.config.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Mount { chain, dir } => mount_view(&config, &chain, &dir),
+        Command::Umount { dir } => unmount_view(&config, &dir),
+    };
+    done.unwrap_or_else(|error| {
+        // With all causes: each line of the chain tells one step.
+        eprintln!("slipwayd: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn load(path: &Path) -> anyhow::Result<Config> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("the configuration file {} cannot be read: give one with --config", path.display()))?;
+    Config::parse(&text).with_context(|| format!("the configuration file {} cannot be used", path.display()))
+}
+
+fn log_to_stderr(config: &Config) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&config.log).with_context(|| format!("the log filter {:?} of the configuration cannot be used", config.log))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    Ok(())
+}
+
+fn run(config: &Config, config_file: &Path) -> anyhow::Result<ExitCode> {
+    // First of all: these descriptors have numbers that anything opened later would take.
+    let passed = uapi::process::take_listen_fds().context("the service manager's descriptors cannot be taken")?;
+    log_to_stderr(config)?;
+    let limit = uapi::process::raise_open_file_limit().context("the limit of open files cannot be raised")?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), open_files = limit, "slipwayd");
+    let config_file = std::path::absolute(config_file)?;
+    let options = HolderOptions {
+        run_dir: config.run.clone(),
+        state_dir: config.state.clone(),
+        socket: config.socket.clone(),
+        // By path, not /proc/self/exe: a restart of the worker runs what has been installed since.
+        worker: std::env::current_exe().context("the path of this program is not known")?,
+        fallback: Some("/proc/self/exe".into()),
+        worker_args: vec![OsString::from("worker"), OsString::from("--config"), config_file.into()],
+    };
+    holder::run(&options, passed)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn work(config: &Config) -> anyhow::Result<ExitCode> {
+    let holder = uapi::process::take_stdin().context("the holder's line cannot be taken")?;
+    log_to_stderr(config)?;
+    worker::run(config, holder)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a view is called that shows an image at `dir`.
+fn view_key(dir: &Path) -> anyhow::Result<(PathBuf, String)> {
+    let dir = dir.canonicalize().with_context(|| format!("{} is not a directory that can be used", dir.display()))?;
+    let key = format!("slipwayd-mount {}", dir.display());
+    Ok((dir, key))
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
+}
+
+fn mount_view(config: &Config, chain: &ChainId, dir: &Path) -> anyhow::Result<ExitCode> {
+    let (dir, key) = view_key(dir)?;
+    let trust = TrustFiles(config.trusted_keys.clone()).load().context("the trusted keys cannot be read")?;
+    let store = Store::open(&config.store)?;
+    let Some(record) = store.find(chain, &trust)? else {
+        eprintln!("slipwayd: {} has no record of chain {} that a trusted key signed", config.store.display(), chain.oci());
+        return Ok(ExitCode::from(EXIT_NOT_FOUND));
+    };
+    runtime()?.block_on(async {
+        let mut client = Client::connect(&config.socket).await?;
+        let mounts = client.view(&key, &record.diff_ids).await?;
+        if let Err(error) = mount_all(&mounts, &dir) {
+            client.remove(&key).await?;
+            bail!(error);
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+fn unmount_view(config: &Config, dir: &Path) -> anyhow::Result<ExitCode> {
+    let (dir, key) = view_key(dir)?;
+    unmount(&dir, Unmount::IfUnused)?;
+    runtime()?.block_on(async {
+        Client::connect(&config.socket).await?.remove(&key).await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}

@@ -22,7 +22,7 @@ use uapi::mount::{MountError, Unmount, erofs_file_backed, erofs_fscache, unmount
 
 use crate::cache::Pack;
 
-pub use pack_dir::{Keeper, PackDir, PackDirError};
+pub use pack_dir::{Keeper, PackDir, PackDirError, Start};
 
 /// A way to mount an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -61,6 +61,9 @@ pub struct HolderOptions {
     pub socket: PathBuf,
     /// The worker's program.
     pub worker: PathBuf,
+    /// What is run in its place when it cannot be started or keeps dying young: the program the holder itself runs, which is known to work. The
+    /// two differ while an upgrade is installed, or after a bad one.
+    pub fallback: Option<PathBuf>,
     /// Its arguments.
     pub worker_args: Vec<OsString>,
 }
@@ -93,6 +96,15 @@ pub enum HolderError {
         /// How it ended the last time.
         last: ExitStatus,
     },
+    /// The worker's program cannot be run at all.
+    #[error("the worker's program {} cannot be started", program.display())]
+    NoWorker {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The holder's own loop failed.
     #[error("watching the worker failed")]
     Watch(#[source] io::Error),
@@ -100,6 +112,8 @@ pub enum HolderError {
 
 /// Why watching one worker ended.
 enum Ended {
+    /// It could not be started.
+    NotStarted(io::Error),
     /// It died by itself.
     Died { status: ExitStatus, ready_for: Option<Duration> },
     /// It was asked to, so that a new one starts.
@@ -126,35 +140,55 @@ struct Holder<'a> {
     ever_ready: bool,
 }
 
-impl Holder<'_> {
+impl<'a> Holder<'a> {
     /// Starts worker after worker.
     fn keep_running(&mut self) -> Result<(), HolderError> {
         let mut young_deaths = 0;
         loop {
-            match self.one_worker()? {
+            let program = self.program(young_deaths);
+            let ended = self.one_worker(program)?;
+            let nothing_at_stake = !self.ever_ready && self.kept.iter().all(|(name, _)| name.as_str() == LISTENER);
+            let give_up = nothing_at_stake && young_deaths + 1 >= GIVE_UP_AFTER;
+            match ended {
                 Ended::Stopped => return Ok(()),
-                Ended::Reloaded => young_deaths = 0,
-                Ended::Died { status, ready_for } => {
-                    young_deaths = if ready_for.is_some_and(|lived| lived >= YOUNG) { 0 } else { young_deaths + 1 };
-                    let nothing_at_stake = !self.ever_ready && self.kept.iter().all(|(name, _)| name.as_str() == LISTENER);
-                    if nothing_at_stake && young_deaths >= GIVE_UP_AFTER {
-                        return Err(HolderError::GaveUp { deaths: young_deaths, last: status });
-                    }
-                    let pause = pause_after(young_deaths);
-                    tracing::error!(%status, young_deaths, pause_ms = pause.as_millis() as u64, "the worker died; starting another");
-                    if self.pause(pause)? {
-                        return Ok(());
-                    }
+                Ended::Reloaded => {
+                    young_deaths = 0;
+                    continue;
                 }
+                Ended::Died { ready_for: Some(lived), status } if lived >= YOUNG => {
+                    tracing::error!(%status, "the worker died; starting another");
+                    young_deaths = 0;
+                    continue;
+                }
+                Ended::Died { status, .. } if give_up => return Err(HolderError::GaveUp { deaths: young_deaths + 1, last: status }),
+                Ended::NotStarted(source) if give_up => return Err(HolderError::NoWorker { program: program.to_owned(), source }),
+                Ended::Died { status, .. } => tracing::error!(%status, "the worker died young"),
+                Ended::NotStarted(error) => tracing::error!(%error, program = %program.display(), "the worker cannot be started"),
+            }
+            young_deaths += 1;
+            let pause = pause_after(young_deaths);
+            tracing::info!(young_deaths, pause_ms = pause.as_millis() as u64, "starting another worker");
+            if self.pause(pause)? {
+                return Ok(());
             }
         }
     }
 
+    /// The worker's program, and after two young deaths every other time what the holder knows to work.
+    fn program(&self, young_deaths: u32) -> &'a Path {
+        match &self.options.fallback {
+            Some(fallback) if young_deaths >= 2 && young_deaths.is_multiple_of(2) => fallback,
+            _ => &self.options.worker,
+        }
+    }
+
     /// Runs one worker to its end.
-    fn one_worker(&mut self) -> Result<Ended, HolderError> {
+    fn one_worker(&mut self, program: &Path) -> Result<Ended, HolderError> {
         let (ours, theirs) = fdpass::pair().map_err(HolderError::Watch)?;
-        let mut worker =
-            Child::spawn(&self.options.worker, &self.options.worker_args, theirs).map_err(setup("starting the worker", &self.options.worker))?;
+        let mut worker = match Child::spawn(program, &self.options.worker_args, theirs) {
+            Ok(worker) => worker,
+            Err(error) => return Ok(Ended::NotStarted(error)),
+        };
         tracing::info!(pid = worker.id(), kept = self.kept.iter().count(), "started a worker");
         // A worker that dies during this is noticed below.
         let _ = self.hand_over(&ours);
@@ -334,6 +368,7 @@ mod tests {
             state_dir: dir.join("state"),
             socket: dir.join("run/slipway.sock"),
             worker: "/bin/sh".into(),
+            fallback: None,
             worker_args: ["-c", script].map(OsString::from).into(),
         }
     }
@@ -353,6 +388,19 @@ mod tests {
         let error = run(&options(dir.path(), &format!("echo x >> {}; exit 3", count.display())), Vec::new()).expect_err("nothing to serve");
         assert!(matches!(error, HolderError::GaveUp { deaths: GIVE_UP_AFTER, last } if last.code() == Some(3)), "{error}");
         assert_eq!(fs::read_to_string(count).expect("count").lines().count(), GIVE_UP_AFTER as usize);
+    }
+
+    #[test]
+    fn what_cannot_be_run_or_keeps_dying_is_replaced_by_the_fallback() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let count = dir.path().join("count");
+        // The fallback is asked for after two deaths, the third attempt of which ends the holder.
+        let mut options = options(dir.path(), &format!("echo x >> {}; exit 3", count.display()));
+        options.worker = "/nonexistent/slipwayd".into();
+        assert!(matches!(run(&options, Vec::new()), Err(HolderError::NoWorker { program, .. }) if program == options.worker));
+        options.fallback = Some("/bin/sh".into());
+        assert!(matches!(run(&options, Vec::new()), Err(HolderError::GaveUp { .. })));
+        assert_eq!(fs::read_to_string(count).expect("count").lines().count(), 1);
     }
 
     #[test]

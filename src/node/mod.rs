@@ -17,3 +17,7 @@
 pub mod protocol;
 pub mod kept;
 pub mod holder;
+pub mod link;
+pub mod backends;
+pub mod client;
+pub mod worker;

@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::CWD;
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags};
 
 /// Attributes of every mount that only overlayfs or EROFS reads: nothing in it can be written, is a device, or changes privilege, and no path
 /// is followed through a symlink in it.
@@ -188,6 +188,36 @@ pub fn fuse_open(at: &Path, options: FuseOptions<'_>) -> Result<OwnedFd, MountEr
     Ok(device)
 }
 
+/// `mount(2)` with options as words, as containerd hands mounts over: words that are flags become flags, the others go to the file system.
+/// For overlays, whose list of lower layers may be longer than `fsconfig` takes (the kernel allows a page). `bind` with `ro` is two calls.
+pub fn mount_with_options(fs: &str, source: &str, at: &Path, options: &[String]) -> io::Result<()> {
+    let (flags, data) = split_options(options);
+    if fs == "bind" {
+        rustix::mount::mount(source, at, "", flags & (MountFlags::BIND | MountFlags::REC) | MountFlags::BIND, None)?;
+        return Ok(rustix::mount::mount_remount(at, flags - MountFlags::REC | MountFlags::BIND, c"")?);
+    }
+    let data = std::ffi::CString::new(data)?;
+    Ok(rustix::mount::mount(source, at, fs, flags, Some(data.as_c_str()))?)
+}
+
+fn split_options(options: &[String]) -> (MountFlags, String) {
+    let mut flags = MountFlags::empty();
+    let mut data: Vec<&str> = Vec::new();
+    for option in options {
+        match option.as_str() {
+            "ro" => flags |= MountFlags::RDONLY,
+            "rw" => flags -= MountFlags::RDONLY,
+            "bind" => flags |= MountFlags::BIND,
+            "rbind" => flags |= MountFlags::BIND | MountFlags::REC,
+            "nodev" => flags |= MountFlags::NODEV,
+            "nosuid" => flags |= MountFlags::NOSUID,
+            "noexec" => flags |= MountFlags::NOEXEC,
+            other => data.push(other),
+        }
+    }
+    (flags, data.join(","))
+}
+
 /// How a mount is undone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unmount {
@@ -363,6 +393,17 @@ mod tests {
         assert_eq!(refused("erofs: no magic").to_string(), "option device=/x of erofs at /m failed (the kernel says: erofs: no magic)");
         let source = std::error::Error::source(&refused("")).map(ToString::to_string);
         assert_eq!(source, Some("Invalid argument (os error 22)".to_owned()));
+    }
+
+    #[test]
+    fn option_words_are_flags_or_the_file_systems() {
+        let check = |options: &[&str], flags, data: &str| {
+            let options: Vec<String> = options.iter().map(ToString::to_string).collect();
+            assert_eq!(split_options(&options), (flags, data.to_owned()), "{options:?}");
+        };
+        check(&[], MountFlags::empty(), "");
+        check(&["ro", "lowerdir=/a:/b", "userxattr"], MountFlags::RDONLY, "lowerdir=/a:/b,userxattr");
+        check(&["rbind", "ro", "rw", "nodev"], MountFlags::BIND | MountFlags::REC | MountFlags::NODEV, "");
     }
 
     proptest! {
