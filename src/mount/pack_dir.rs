@@ -23,7 +23,7 @@ const READER_THREADS: usize = 4;
 const STACKED_MOUNTS_MAX: usize = 16;
 
 /// Keeps a descriptor and some bytes for the next worker.
-pub type Keeper = Box<dyn FnOnce(BorrowedFd<'_>, &[u8]) -> std::io::Result<()> + Send>;
+pub type Keeper = Box<dyn FnMut(BorrowedFd<'_>, &[u8]) -> std::io::Result<()> + Send>;
 
 /// The directory of packs could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +61,7 @@ pub struct PackDir {
 impl PackDir {
     /// Prepares the directory at `at`: continues the kept connection, or mounts a new one if there is none or its mount is gone. Nothing is
     /// served before [`PackDir::serve`].
-    pub fn open(at: &Path, kept: Option<(OwnedFd, Vec<u8>)>, engine: Arc<dyn Serve>, keep: Keeper) -> Result<(PackDir, Start), PackDirError> {
+    pub fn open(at: &Path, kept: Option<(OwnedFd, Vec<u8>)>, engine: Arc<dyn Serve>, mut keep: Keeper) -> Result<(PackDir, Start), PackDirError> {
         let io = |source| PackDirError::Io { at: at.to_owned(), source };
         let serve = |source| PackDirError::Serve { at: at.to_owned(), source };
         let kept = kept.and_then(|(fd, payload)| Some((fd, Negotiated::from_bytes(&payload)?)));
