@@ -1,40 +1,102 @@
 //! Layer trees and metadata images: zstd on the store, verified by the BLAKE3 of their uncompressed bytes.
 
+use std::fs::File;
+use std::io::{self, BufReader, Read as _, Write as _};
+use std::path::Path;
+
 use erofs::digest::Digest;
 use erofs::layer::LayerTree;
 
+use super::error::Doing;
 use super::publish::Published;
-use super::{Store, StoreError};
+use super::{Name, Store, StoreError, open};
 use crate::oci::DiffId;
+
+/// Uncompressed bytes a tree or metadata image may have: the metadata of some four million files. What is read is bounded by it, so a
+/// bomb on the store costs this much memory and no more.
+pub const MAX_UNCOMPRESSED: u64 = 1 << 30;
+
+/// zstd window accepted, as log2: the largest a decoder allows by itself; no level we write with needs more.
+const MAX_WINDOW_LOG: u32 = 27;
+
+/// Half of such a file is digests, which do not compress; the rest does so at the lowest levels already.
+const LEVEL: i32 = 3;
 
 impl Store {
     /// The layer tree of this name, its bytes verified against `digest`. Errors: [`StoreError::Missing`], [`StoreError::Damaged`], trouble reaching it.
     pub fn read_tree(&self, diff_id: &DiffId, digest: &Digest) -> Result<LayerTree, StoreError> {
-        let _ = (diff_id, digest);
-        todo!()
+        let bytes = self.read_tree_bytes(diff_id, digest)?;
+        LayerTree::decode(&bytes).map_err(|error| StoreError::Damaged {
+            path: self.shown(&Name::Tree { diff_id: *diff_id, digest: *digest }.path()),
+            reason: format!("it verifies, but is no layer tree: {error}"),
+        })
     }
 
     /// The same as [`Store::read_tree`], as the encoded bytes.
     pub fn read_tree_bytes(&self, diff_id: &DiffId, digest: &Digest) -> Result<Vec<u8>, StoreError> {
-        let _ = (diff_id, digest);
-        todo!()
+        self.read_compressed(&Name::Tree { diff_id: *diff_id, digest: *digest }, digest)
     }
 
     /// Publishes a layer tree; gives its digest.
     pub fn put_tree(&self, diff_id: &DiffId, tree: &LayerTree) -> Result<(Digest, Published), StoreError> {
-        let _ = (diff_id, tree);
-        todo!()
+        let bytes = tree.encode();
+        let digest = Digest::of(&bytes);
+        Ok((digest, self.put_compressed(&bytes, &Name::Tree { diff_id: *diff_id, digest })?))
     }
 
     /// The metadata image of this name: its uncompressed bytes, verified. Errors as for [`Store::read_tree`].
     pub fn read_metadata(&self, digest: &Digest) -> Result<Vec<u8>, StoreError> {
-        let _ = digest;
-        todo!()
+        self.read_compressed(&Name::Meta(*digest), digest)
     }
 
     /// Publishes a metadata image; gives its digest.
     pub fn put_metadata(&self, bytes: &[u8]) -> Result<(Digest, Published), StoreError> {
-        let _ = bytes;
-        todo!()
+        let digest = Digest::of(bytes);
+        Ok((digest, self.put_compressed(bytes, &Name::Meta(digest))?))
     }
+
+    fn read_compressed(&self, name: &Name, digest: &Digest) -> Result<Vec<u8>, StoreError> {
+        let path = name.path();
+        let shown = self.shown(&path);
+        decompress(open::regular(&self.root, &path, &shown)?, digest, &shown)
+    }
+
+    fn put_compressed(&self, bytes: &[u8], name: &Name) -> Result<Published, StoreError> {
+        if bytes.len() as u64 > MAX_UNCOMPRESSED {
+            let reason = format!("{} bytes are more than the {MAX_UNCOMPRESSED} a reader accepts", bytes.len());
+            return Err(StoreError::TooLarge { path: self.shown(&name.path()), reason });
+        }
+        let mut temp = self.temp()?;
+        let written = write_compressed(&mut temp, bytes);
+        written.map_err(|error| StoreError::writing(temp.path(), error))?;
+        self.publish(temp, name)
+    }
+}
+
+fn write_compressed(out: impl io::Write, bytes: &[u8]) -> io::Result<()> {
+    let mut encoder = zstd::Encoder::new(out, LEVEL)?;
+    encoder.set_pledged_src_size(Some(bytes.len() as u64))?;
+    encoder.write_all(bytes)?;
+    encoder.finish()?.flush()
+}
+
+/// Decompresses `file` and verifies it. `shown` is its path, for messages.
+pub(super) fn decompress(file: File, digest: &Digest, shown: &Path) -> Result<Vec<u8>, StoreError> {
+    let damaged = |reason: String| StoreError::Damaged { path: shown.to_owned(), reason };
+    let failed = |error: io::Error| match error.raw_os_error() {
+        Some(_) => StoreError::from_io(Doing::Reading, shown, error),
+        None => damaged(error.to_string()),
+    };
+    let mut decoder = zstd::Decoder::with_buffer(BufReader::with_capacity(1 << 20, file)).map_err(failed)?;
+    decoder.window_log_max(MAX_WINDOW_LOG).map_err(failed)?;
+    let mut bytes = Vec::new();
+    decoder.take(MAX_UNCOMPRESSED + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MAX_UNCOMPRESSED {
+        return Err(damaged(format!("it decompresses to more than {MAX_UNCOMPRESSED} bytes")));
+    }
+    let found = Digest::of(&bytes);
+    if found != *digest {
+        return Err(damaged(format!("its content has the digest {found}")));
+    }
+    Ok(bytes)
 }

@@ -73,6 +73,14 @@ pub enum StoreError {
         /// What does not fit.
         reason: String,
     },
+    /// What was to be published exceeds what readers accept. The image cannot be converted.
+    #[error("{} cannot be published: {reason}", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Which limit.
+        reason: String,
+    },
     /// A symbolic link, or something that is no regular file, stands where the store keeps its own: someone tampered with it.
     #[error("{} is not a plain file inside the store: remove what was put there", path.display())]
     Foreign {

@@ -1,16 +1,49 @@
 //! Signed records: what a chain of layers became, in a form one signature covers.
+//!
+//! A record is a JSON file `{"payload": …, "key": …, "signature": …}`: the payload's bytes in base64, the id of the signing key, and
+//! the Ed25519 signature of the payload's bytes in base64 (standard alphabet, padded). The payload is JSON again, written without white
+//! space and with its fields in this order:
+//!
+//! | field | content |
+//! |---|---|
+//! | `chain` | chain ID of layers 1..=n |
+//! | `parent` | chain ID of layers 1..=n-1, `null` for a first layer |
+//! | `diff_ids` | diff IDs of the layers, bottom first |
+//! | `trees` | digests of the layer trees, bottom first |
+//! | `metadata` | digest of the metadata image |
+//! | `fold_version` | version of the fold that gave it |
+//! | `packs` | `{"digest", "blocks", "unit_bits"}` of each pack, in device order |
+//! | `sizes` | `{"metadata", "content", "inodes", "stored"}`, see [`Sizes`] |
+//! | `top` | whether the chain is a whole image |
+//! | `tool` | program and version that wrote it |
+//! | `key` | id of the signing key |
+//!
+//! The file's name is the BLAKE3 of the payload's bytes. The key's id is part of the payload so that records by two keys of otherwise
+//! the same content have two names, and neither overwrites the other. A reader refuses unknown fields: whatever a newer program says
+//! with them, this one would ignore it; the record is then a miss.
 
+use std::collections::BTreeSet;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use erofs::block::UnitBits;
 use erofs::digest::Digest;
+use erofs::fold::FOLD_VERSION;
 use erofs::meta::PackRef;
+use serde::{Deserialize, Serialize};
 
 use super::key::{KeyId, SigningKey};
 use super::publish::Published;
 use super::trust::Trust;
-use super::{Store, StoreError};
-use crate::oci::{ChainId, DiffId};
+use super::{Name, Store, StoreError, layout, open, text};
+use crate::oci::{ChainId, DiffId, chain_ids};
 
-/// What a record says about a chain. Its JSON is deterministic: the same payload gives the same bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Packs an image may refer to: each is a device of its mount.
+pub const MAX_PACKS: usize = 256;
+
+/// What a record says about a chain. The same payload gives the same bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Payload {
     /// The chain of layers 1..=n this is about.
     pub chain: ChainId,
@@ -19,25 +52,29 @@ pub struct Payload {
     /// Diff IDs of the layers, bottom first.
     pub diff_ids: Vec<DiffId>,
     /// Layer trees, bottom first, one per layer.
+    #[serde(with = "text::many")]
     pub trees: Vec<Digest>,
     /// Digest of the metadata image that folding the trees gives.
+    #[serde(with = "text::one")]
     pub metadata: Digest,
     /// [`erofs::fold`]'s version that gave it.
     pub fold_version: u32,
     /// Packs the metadata image refers to, in device order.
+    #[serde(with = "packs")]
     pub packs: Vec<PackRef>,
     /// How much there is of it.
     pub sizes: Sizes,
     /// The chain is a whole image: its metadata image lies in the store ready-made. Otherwise it is a prefix, folded on the node.
     pub top: bool,
-    /// Name and version of the program that wrote the record.
+    /// Name and version of the program that wrote the record, see [`tool`].
     pub tool: String,
-    /// Key that signs this payload: records of one content by two keys have different names.
+    /// Key that signs this payload.
+    #[serde(with = "text::one")]
     pub key: KeyId,
 }
 
 /// Sizes of what a chain or an image holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sizes {
     /// Bytes of the metadata image, uncompressed.
@@ -50,29 +87,199 @@ pub struct Sizes {
     pub stored: u64,
 }
 
-/// Name of the program that writes a payload, as [`Payload::tool`] wants it.
+/// Packs as the payload writes them.
+mod packs {
+    use serde::{Deserializer, Serializer, de::Error as _};
+
+    use super::*;
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Line {
+        #[serde(with = "text::one")]
+        digest: Digest,
+        blocks: u32,
+        unit_bits: u8,
+    }
+
+    pub fn serialize<S: Serializer>(packs: &[PackRef], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(packs.iter().map(|pack| Line { digest: pack.digest, blocks: pack.blocks, unit_bits: pack.unit_bits.bits() }))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PackRef>, D::Error> {
+        let pack = |line: Line| {
+            let unit_bits = UnitBits::new(line.unit_bits).ok_or_else(|| D::Error::custom(format!("{} is no unit size", line.unit_bits)))?;
+            Ok(PackRef { digest: line.digest, blocks: line.blocks, unit_bits })
+        };
+        Vec::<Line>::deserialize(deserializer)?.into_iter().map(pack).collect()
+    }
+}
+
+/// Name and version of this program, as [`Payload::tool`] wants them.
 pub fn tool() -> String {
     format!("slipway {}", env!("CARGO_PKG_VERSION"))
+}
+
+/// Why a record is passed over.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RecordFault {
+    /// It is not a record as this program writes them.
+    #[error("it is no record this program understands: {0}")]
+    Malformed(String),
+    /// No trusted key has this id.
+    #[error("it is signed by key {0}, which is not trusted here")]
+    Untrusted(KeyId),
+    /// The signature is not the key's signature of this payload.
+    #[error("its signature does not fit its payload")]
+    BadSignature,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Envelope {
+    payload: String,
+    #[serde(with = "text::one")]
+    key: KeyId,
+    signature: String,
 }
 
 impl Payload {
     /// The payload's JSON: what is signed, and whose BLAKE3 names the record.
     pub fn encode(&self) -> Vec<u8> {
-        todo!()
+        serde_json::to_vec(self).expect("a struct of strings, numbers and lists is JSON")
+    }
+
+    /// Reads a payload and checks that it agrees with itself.
+    fn decode(bytes: &[u8]) -> Result<Payload, RecordFault> {
+        let payload: Payload = serde_json::from_slice(bytes).map_err(|error| RecordFault::Malformed(error.to_string()))?;
+        let malformed = |reason: &str| Err(RecordFault::Malformed(reason.to_owned()));
+        let chains = chain_ids(&payload.diff_ids);
+        if chains.last() != Some(&payload.chain) {
+            return malformed("its chain ID is not that of its diff IDs");
+        }
+        if payload.parent.as_ref() != chains.iter().rev().nth(1) {
+            return malformed("its parent is not the chain of the layers below the last");
+        }
+        if payload.trees.len() != payload.diff_ids.len() {
+            return malformed("it has not one tree for each layer");
+        }
+        if payload.packs.len() > MAX_PACKS {
+            return malformed("it refers to too many packs");
+        }
+        if payload.packs.iter().map(|pack| pack.digest).collect::<BTreeSet<_>>().len() != payload.packs.len() {
+            return malformed("it names a pack twice");
+        }
+        Ok(payload)
+    }
+
+    /// Names of the store's files without which the chain cannot be used.
+    fn needs(&self) -> Vec<Name> {
+        let packs = self.packs.iter().map(|pack| Name::Pack(pack.digest));
+        if self.top { [Name::Meta(self.metadata)].into_iter().chain(packs).collect() } else { self.tree_names().chain(packs).collect() }
+    }
+
+    /// Names of the chain's layer trees, bottom first.
+    pub fn tree_names(&self) -> impl Iterator<Item = Name> {
+        self.diff_ids.iter().zip(&self.trees).map(|(&diff_id, &digest)| Name::Tree { diff_id, digest })
     }
 }
 
+/// The record file of `payload`.
+fn sign(payload: &[u8], key: &SigningKey) -> Vec<u8> {
+    let envelope = Envelope { payload: STANDARD.encode(payload), key: key.public().id(), signature: STANDARD.encode(key.sign(payload)) };
+    let mut bytes = serde_json::to_vec(&envelope).expect("a struct of strings is JSON");
+    bytes.push(b'\n');
+    bytes
+}
+
+/// Reads a record file: gives the payload only when a trusted key signed it. The second value is the record's name.
+pub fn open_record(bytes: &[u8], trust: &Trust) -> Result<(Payload, Digest), RecordFault> {
+    let malformed = |error: &dyn std::fmt::Display| RecordFault::Malformed(error.to_string());
+    let envelope: Envelope = serde_json::from_slice(bytes).map_err(|error| malformed(&error))?;
+    let raw = STANDARD.decode(&envelope.payload).map_err(|error| malformed(&error))?;
+    let signature = STANDARD.decode(&envelope.signature).map_err(|error| malformed(&error))?;
+    let key = trust.key(envelope.key).ok_or(RecordFault::Untrusted(envelope.key))?;
+    // Nothing of the payload is looked at before its signature was seen to be good.
+    if !key.verifies(&raw, &signature) {
+        return Err(RecordFault::BadSignature);
+    }
+    let payload = Payload::decode(&raw)?;
+    if payload.key != envelope.key {
+        return Err(malformed(&"its payload names another key"));
+    }
+    Ok((payload, Digest::of(&raw)))
+}
+
+/// A record found in the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// What it says.
+    pub payload: Payload,
+    /// The record file itself, for keeping a copy that can be verified again.
+    pub record: Vec<u8>,
+}
+
 impl Store {
-    /// Signs and publishes a record. Everything the payload names must have been published before (invariant 2).
+    /// Signs and publishes a record. Everything the payload names must have been published before (invariant 2). A tombstone of the
+    /// record is removed.
+    ///
+    /// Panics if the payload names another key: it would never be believed.
     pub fn put_record(&self, payload: &Payload, key: &SigningKey) -> Result<Published, StoreError> {
-        let _ = (payload, key);
-        todo!()
+        assert_eq!(payload.key, key.public().id(), "a payload names the key that signs it");
+        let raw = payload.encode();
+        let digest = Digest::of(&raw);
+        let mut temp = self.temp()?;
+        std::io::Write::write_all(&mut temp, &sign(&raw, key)).map_err(|error| StoreError::writing(temp.path(), error))?;
+        let published = self.publish(temp, &Name::Record { chain: payload.chain, digest })?;
+        self.remove(&layout::records_of(&payload.chain).join(layout::tombstone(&digest)))?;
+        Ok(published)
     }
 
     /// The first record of `chain`, names in byte order, that `trust` vouches for, whose fold version is known, that is not tombstoned and
     /// of which nothing is missing: its packs, the metadata image of a top, the trees of a prefix. `None`: the store has no such record.
+    ///
+    /// Errors are trouble in reaching the store only; a record that is no good is passed over.
     pub fn find(&self, chain: &ChainId, trust: &Trust) -> Result<Option<Payload>, StoreError> {
-        let _ = (chain, trust);
-        todo!()
+        Ok(self.find_record(chain, trust)?.map(|found| found.payload))
+    }
+
+    /// The same as [`Store::find`], with the record itself.
+    pub fn find_record(&self, chain: &ChainId, trust: &Trust) -> Result<Option<Found>, StoreError> {
+        let dir = layout::records_of(chain);
+        let names = open::names(&self.root, &dir, &self.shown(&dir))?;
+        for name in &names {
+            let Some(digest) = name.strip_suffix(".json").and_then(|hex| hex.parse::<Digest>().ok()) else { continue };
+            if names.binary_search(&layout::tombstone(&digest)).is_ok() {
+                continue;
+            }
+            match self.consider(chain, &digest, trust) {
+                Ok(Ok(found)) => return Ok(Some(found)),
+                Ok(Err(reason)) => tracing::debug!(%chain, record = %digest, reason, "passing over a record"),
+                Err(error) if error.is_about_content() => tracing::debug!(%chain, record = %digest, %error, "passing over a record"),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    /// One record: usable, or the reason why it is not.
+    fn consider(&self, chain: &ChainId, digest: &Digest, trust: &Trust) -> Result<Result<Found, String>, StoreError> {
+        let record = self.read_small(&Name::Record { chain: *chain, digest: *digest }.path())?;
+        let (payload, name) = match open_record(&record, trust) {
+            Ok(opened) => opened,
+            Err(fault) => return Ok(Err(fault.to_string())),
+        };
+        if name != *digest || payload.chain != *chain {
+            return Ok(Err("it lies under another record's name".to_owned()));
+        }
+        if payload.fold_version != FOLD_VERSION {
+            return Ok(Err(format!("its fold version {} is not known", payload.fold_version)));
+        }
+        for needed in payload.needs() {
+            if self.file_len(&needed)?.is_none() {
+                return Ok(Err(format!("{} is missing", needed.path().display())));
+            }
+        }
+        Ok(Ok(Found { payload, record }))
     }
 }
