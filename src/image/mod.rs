@@ -7,8 +7,10 @@
 //! container gets a new `direct` mount while earlier ones stay on the mount they started with.
 
 pub mod catalog;
+mod local;
 pub mod mounts;
 mod release;
+pub mod wrong;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
