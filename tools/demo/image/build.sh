@@ -1,7 +1,7 @@
 #!/bin/bash
 # Makes the layers of the demo's image: Debian by debootstrap, Python on top, then two layers of PyPI packages and a small program,
 # each the difference an ordinary build step leaves (real whiteouts, hard links, set-id files, device nodes).
-# Prints on stdout the directory that holds them: NN-<name>.tar.gz and NN-<name>.diffid (SHA-256 of the uncompressed tar).
+# Prints on stdout the directory that holds them: NN-<name>.tar.gz with .diffid (SHA-256) and .size of the uncompressed tar.
 #
 # Kept in ${SLIPWAY_CACHE:-~/.cache/slipway}/demo-image/<key>; the key covers every file beside this script. Needs root and
 # debootstrap, pigz, attr and python3-pip (tools/ci/packages.sh demo).
@@ -79,7 +79,6 @@ say "python"
 step 2 'apt-get -q update; apt-get -q install -y --no-install-recommends python3 libgomp1 ca-certificates
     rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/apt/archives/*.deb /usr/share/doc/* /usr/share/man/*'
 say "data packages"
-cp "$here/data.txt" "$here/ml.txt" "$here/versions.txt" "$work/"
 mkdir -p "$work/layer-3/opt/app" && cp "$here"/*.txt "$work/layer-3/opt/app/"
 step 3 "$pip -c /opt/app/versions.txt -r /opt/app/data.txt"
 say "machine learning packages"
@@ -111,6 +110,7 @@ for name in debian python data ml app; do
         tar --create --null --files-from=- --sort=name --numeric-owner --format=posix --pax-option=delete=atime,delete=ctime \
             --xattrs --xattrs-include='*' --xattrs-exclude='trusted.overlay.*') >"$work/layer.tar"
     sha256sum <"$work/layer.tar" | cut -d' ' -f1 >"$file.diffid"
+    stat -c %s "$work/layer.tar" >"$file.size"
     pigz -6 -n <"$work/layer.tar" >"$file.tar.gz"
     rm -rf "$work/layer-$number"
 done
