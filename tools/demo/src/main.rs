@@ -9,6 +9,7 @@ mod runs;
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -37,8 +38,17 @@ const STORE_DISK: u64 = 64 << 30;
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
     catch_signals()?;
     let style = Style { colour: std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none() };
     if let Err(lack) = need::containers() {
@@ -46,8 +56,8 @@ fn main() -> Result<()> {
     }
     let report = demonstrate(&args.layers, &style)?;
     println!("\n{}", report.table(&style));
-    if let Some(path) = args.json {
-        std::fs::write(&path, format!("{:#}\n", report.json())).with_context(|| format!("{} cannot be written", path.display()))?;
+    if let Some(path) = &args.json {
+        std::fs::write(path, format!("{:#}\n", report.json())).with_context(|| format!("{} cannot be written", path.display()))?;
     }
     Ok(())
 }
@@ -92,6 +102,7 @@ fn demonstrate(layers: &Path, style: &Style) -> Result<Report> {
     step(style, "(a) The ordinary way: containerd pulls and unpacks, then runs (page cache dropped before)")?;
     let (ordinary, ordinary_again) = runs::ordinary(&scratch.join("ordinary"), &registry, &reference)?;
     std::fs::remove_dir_all(scratch.join("ordinary"))?;
+    println!("{}", report::line(&ordinary));
 
     step(style, "(b) Convert it into a store (once per image, not once per node)")?;
     let disk = LoopFs::new(&scratch.join("disk"), STORE_DISK)?;
@@ -101,6 +112,7 @@ fn demonstrate(layers: &Path, style: &Style) -> Result<Report> {
     let started = std::time::Instant::now();
     let converted = converter.convert(&reference, &store)?;
     let convert_seconds = started.elapsed().as_secs_f64();
+    println!("  {convert_seconds:.2} s");
 
     step(style, "(c) The same reference through Slipway: empty cache, page cache dropped")?;
     let node = runs::Node::start(&scratch.join("node"), &store, &converter)?;
@@ -111,8 +123,10 @@ fn demonstrate(layers: &Path, style: &Style) -> Result<Report> {
         ordinary.run.output,
         lazy.run.output
     );
+    println!("{}", report::line(&lazy));
     step(style, "(d) And again, warm")?;
     let lazy_again = node.again(&registry, &reference, &disk)?;
+    println!("{}", report::line(&lazy_again));
     let cached = node.cached_bytes()?;
     drop(node);
 

@@ -134,6 +134,19 @@ impl Style {
     }
 }
 
+/// One phase in one line, said as soon as it is over.
+pub fn line(measured: &Measured) -> String {
+    let (run, registry) = (&measured.run, measured.registry.values().sum::<u64>());
+    format!(
+        "  pull {}, container runs after {}, first output after {}; {} of blobs from the registry, {} from the store",
+        seconds(measured.pull),
+        seconds(measured.pull + run.started),
+        seconds(measured.total()),
+        bytes(registry),
+        bytes(measured.store)
+    )
+}
+
 fn seconds(value: f64) -> String {
     format!("{value:.2} s")
 }
