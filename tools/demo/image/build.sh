@@ -40,10 +40,7 @@ platforms=$(printf -- '--platform=manylinux%s_x86_64 ' 2014 _2_17 _2_24 _2_27 _2
 /usr/bin/python3 -m pip download -q --no-deps --only-binary=:all: --implementation=cp --python-version="$python" $platforms \
     -d "$cache/wheels" -r "$here/versions.txt" >&2
 
-# The mirror this machine already uses.
-mirror=$({ grep -hsoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list || true; } |
-    tr -d ' ' | sed -n 1p)
-[ -n "$mirror" ] || { say "no Debian mirror is named in /etc/apt"; exit 1; }
+mirror=$("$here/../../ci/debian-mirror.sh")
 say "debootstrap $suite"
 debootstrap --variant=minbase "$suite" "$work/layer-1" "$mirror" >"$work/debootstrap.log" 2>&1 || { tail -n 5 "$work/debootstrap.log" >&2; exit 1; }
 rm -rf "$work/layer-1/var/cache/apt/archives"/*.deb "$work/layer-1/var/lib/apt/lists"/*
