@@ -114,7 +114,7 @@ pub fn run(config: &Config, holder: OwnedFd) -> Result<(), WorkerError> {
     let _turn = wait_for_turn(&state)?;
 
     let metrics = Arc::new(Metrics::new("fuse-blob"));
-    let options = EngineOptions { store_dir: config.store.clone(), cache_dir: config.cache.clone(), data_threads: 0, metrics };
+    let options = EngineOptions { store_dir: config.store.clone(), cache_dir: config.cache.clone(), data_threads: 0, metrics: metrics.clone() };
     let engine = Engine::start(options)?;
     let catalog = Arc::new(Catalog::new(config.store.clone(), state.clone(), TrustFiles(config.trusted_keys.clone())));
     let backends = Backends::open(config.backend, &state, &engine, &mut kept, &holder);
@@ -124,7 +124,7 @@ pub fn run(config: &Config, holder: OwnedFd) -> Result<(), WorkerError> {
     let found = mount_dir.recover(&mounts, |way| backends.alive(way))?;
     let (ways, running) = backends.start(&engine, &found)?;
     let images = Images::start(ImagesOptions { catalog, engine: engine.clone(), ways, mount_dir, found }).map_err(process("starting a thread"))?;
-    let snapshots = Snapshots::open(&state, Arc::new(images))?;
+    let snapshots = Snapshots::open(&state, Arc::new(images), metrics)?;
     let served = serve(listener, snapshots, holder, &config.socket);
     stop(&running, &engine);
     served

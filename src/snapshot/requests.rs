@@ -16,6 +16,7 @@ use super::lowers::{LowerError, LowerImages, Lowers};
 use super::mounts::Layout;
 use super::proto::Mount;
 use super::{SnapshotError, TARGET_REF, usage};
+use crate::metrics::Metrics;
 use crate::oci::{ChainId, Sha256};
 
 /// Present when the kernel's overlayfs knows the option `index`.
@@ -68,11 +69,13 @@ pub struct Snapshots {
     ledger: Arc<Ledger>,
     dirs: Arc<Dirs>,
     lowers: Arc<Lowers>,
+    metrics: Arc<Metrics>,
 }
 
 impl Snapshots {
-    /// Takes up what is below `state` (made if missing), clears what crashes left there, and tells `images` what is in use.
-    pub fn open(state: &Path, images: Arc<dyn LowerImages>) -> Result<Snapshots, SnapshotError> {
+    /// Takes up what is below `state` (made if missing), clears what crashes left there, and tells `images` what is in use. Waits for the
+    /// local disk only.
+    pub fn open(state: &Path, images: Arc<dyn LowerImages>, metrics: Arc<Metrics>) -> Result<Snapshots, SnapshotError> {
         if state.to_str().is_none_or(|text| text.contains([':', ',', '\\'])) {
             return Err(SnapshotError::UnfitPath { path: state.to_owned() });
         }
@@ -83,7 +86,7 @@ impl Snapshots {
         ledger.hold_ids(|ids| dirs.discard_orphans(ids))?.map_err(failed)?;
         images.recover(ledger.chains_in_use()?.into_iter().collect());
         let lowers = Arc::new(Lowers::new(images, ledger.clone()));
-        Ok(Snapshots { ledger, dirs: Arc::new(dirs), lowers })
+        Ok(Snapshots { ledger, dirs: Arc::new(dirs), lowers, metrics })
     }
 
     /// Prepare and View: adds a snapshot and returns its mounts, or commits a lazy one and says so.
@@ -118,6 +121,7 @@ impl Snapshots {
     async fn commit_lazily(&self, new: &NewSnapshot) -> Result<(), RequestError> {
         let Some(chain) = new.labels.get(TARGET_REF).and_then(|text| text.parse::<ChainId>().ok()) else { return Ok(()) };
         if !self.lowers.known(chain).await {
+            self.metrics.chains_missed.bump();
             tracing::info!(%chain, "chain is not in the store: plain pull");
             return Ok(());
         }
@@ -131,10 +135,12 @@ impl Snapshots {
             Ok(()) => tracing::info!(%chain, %name, "chain is in the store: nothing to pull"),
             Err(LedgerError::AlreadyExists { .. }) => {}
             Err(error) => {
+                self.metrics.chains_missed.bump();
                 tracing::warn!(%chain, %error, "no lazy snapshot: plain pull");
                 return Ok(());
             }
         }
+        self.metrics.chains_hit.bump();
         Err(RequestError::Available { name })
     }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use hyper_util::rt::TokioIo;
+use slipway::metrics::Metrics;
 use slipway::snapshot::proto::snapshots_client::SnapshotsClient;
 use slipway::snapshot::proto::*;
 use slipway::snapshot::{Snapshots, TARGET_REF, serve};
@@ -20,6 +21,7 @@ use crate::trees::Trees;
 pub struct Server {
     pub trees: Arc<Trees>,
     pub client: Client,
+    pub metrics: Arc<Metrics>,
     _stop: oneshot::Sender<()>,
 }
 
@@ -29,13 +31,14 @@ impl Server {
         let socket = state.join("socket");
         let _ = std::fs::remove_file(&socket);
         let listener = UnixListener::bind(&socket).expect("a socket");
-        let snapshots = Snapshots::open(&state.join("state"), trees.clone()).expect("opened");
+        let metrics = Arc::new(Metrics::new("none"));
+        let snapshots = Snapshots::open(&state.join("state"), trees.clone(), metrics.clone()).expect("opened");
         let (stop, stopped) = oneshot::channel::<()>();
         tokio::spawn(async move {
             let stopped = async { drop(stopped.await) };
             serve(listener, snapshots, stopped).await.expect("served");
         });
-        Server { trees, client: Client::connect(&socket).await, _stop: stop }
+        Server { trees, client: Client::connect(&socket).await, metrics, _stop: stop }
     }
 
     /// With an empty state and no image known.

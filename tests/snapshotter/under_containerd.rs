@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
+use slipway::metrics::Metrics;
 use slipway::oci::ChainId;
 use slipway::snapshot::{Snapshots, serve};
 use testbed::{
@@ -35,7 +36,7 @@ impl Service {
                 let runtime = tokio::runtime::Runtime::new().expect("a runtime");
                 runtime.block_on(async move {
                     let listener = UnixListener::bind(&socket).expect("a socket");
-                    let snapshots = Snapshots::open(&state, trees).expect("opened");
+                    let snapshots = Snapshots::open(&state, trees, Arc::new(Metrics::new("none"))).expect("opened");
                     ready.send(()).expect("someone waits");
                     tokio::select! {
                         served = serve(listener, snapshots, std::future::pending()) => served.expect("served"),
@@ -150,6 +151,8 @@ fn check(known: &[usize], downloaded: &[usize]) {
 
     cri.remove(&reference).expect("a removal");
     assert!(!containerd.snapshots(&["ls"]).expect("a list").contains("Committed"), "CRI removes the snapshots before it answers");
+    let left: Vec<_> = fs::read_dir(scratch.join("slipway/state/s")).expect("the directory of snapshots").collect();
+    assert!(left.is_empty(), "directories of removed snapshots are moved away at once: {left:?}");
     drop(containerd);
     for chain in service.trees.mounted() {
         service.trees.wait_for(&crate::trees::Call::Release(chain));

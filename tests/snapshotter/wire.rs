@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use slipway::metrics::Metrics;
+use slipway::snapshot::Snapshots;
 use slipway::snapshot::proto::Kind;
 use tonic::Code;
 
@@ -51,6 +53,7 @@ async fn a_known_chain_exists_already_and_nothing_is_mounted_for_it() {
     // Again: the same snapshots.
     assert_eq!(pull(&server, 3, 3).await, top);
     assert_eq!(server.client.list(&[]).await.len(), 3);
+    assert_eq!((server.metrics.chains_hit.get(), server.metrics.chains_missed.get()), (6, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -60,6 +63,7 @@ async fn an_unknown_chain_is_a_plain_pull() {
     let mounts = server.client.prepare("c1", &top).await.expect("mounts");
     assert_eq!(mounts[0].r#type, "overlay");
     assert_eq!(option(&mounts, "lowerdir").expect("lowers").split(':').count(), 3);
+    assert_eq!((server.metrics.chains_hit.get(), server.metrics.chains_missed.get()), (0, 3));
     for label in ["", "sha256:12", "no digest at all"] {
         assert!(server.client.pull(label, "", label).await.is_ok(), "{label:?} names no chain");
     }
@@ -205,7 +209,7 @@ async fn a_restart_keeps_everything_and_tells_which_images_are_in_use() {
     let trees = Arc::new(Trees::new(None));
     // The old server lets go of the ledger when its last connection is closed.
     let server = loop {
-        let opened = slipway::snapshot::Snapshots::open(&dir.path().join("state"), Arc::new(Trees::new(None)));
+        let opened = Snapshots::open(&dir.path().join("state"), Arc::new(Trees::new(None)), Arc::new(Metrics::new("none")));
         if opened.is_ok() {
             drop(opened);
             break Server::start(dir.path(), trees.clone()).await;
