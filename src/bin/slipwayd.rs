@@ -1,6 +1,7 @@
 //! `slipwayd`: the node daemon, and small tools to look at what it does.
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -104,7 +105,7 @@ fn load(path: &Path) -> anyhow::Result<Config> {
 
 fn log_to_stderr(config: &Config) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&config.log).with_context(|| format!("the log filter {:?} of the configuration cannot be used", config.log))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).init();
     Ok(())
 }
 
@@ -129,6 +130,7 @@ fn run(config: &Config, config_file: &Path) -> anyhow::Result<ExitCode> {
 }
 
 fn work(config: &Config) -> anyhow::Result<ExitCode> {
+    uapi::process::unblock_signals().context("the holder's blocked signals cannot be let through")?;
     let holder = uapi::process::take_stdin().context("the holder's line cannot be taken")?;
     log_to_stderr(config)?;
     worker::run(config, holder)?;

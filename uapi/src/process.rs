@@ -22,7 +22,8 @@ pub struct Child {
 
 impl Child {
     /// Starts `program` with `args` and with `stdin` as its descriptor 0 (every other descriptor of ours is close-on-exec). The child gets our
-    /// environment without the variables of the service manager's descriptor protocol, and an empty signal mask.
+    /// environment without the variables of the service manager's descriptor protocol. It also inherits blocked signals: see
+    /// [`unblock_signals`].
     pub fn spawn<S: AsRef<OsStr>>(program: &Path, args: &[S], stdin: OwnedFd) -> io::Result<Child> {
         let mut child = Command::new(program)
             .args(args)
@@ -84,6 +85,11 @@ pub fn take_stdin() -> io::Result<OwnedFd> {
 /// noticed: whoever uses this also reads from something that the parent held open.
 pub fn die_with_parent() -> io::Result<()> {
     Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?)
+}
+
+/// Lets every signal through again that the parent blocked for itself, as [`Signals::block`] does. To be called before any thread is started.
+pub fn unblock_signals() -> io::Result<()> {
+    Ok(SigSet::empty().thread_set_mask()?)
 }
 
 /// Raises the soft limit of open files to the hard one. Gives the limit as it is afterwards.
