@@ -95,8 +95,12 @@ impl Manager {
     fn listener(&self, process: u32) -> String {
         let sockets = fs::read_to_string("/proc/net/unix").expect("the list of sockets");
         let path = self.scratch.join("run/slipway.sock");
-        let line = sockets.lines().find(|line| line.ends_with(path.to_str().expect("a path of text"))).expect("the socket listens");
-        let link = format!("socket:[{}]", line.split_whitespace().nth(6).expect("an inode"));
+        // Num RefCount Protocol Flags Type St Inode Path; accepted connections have the path as well, but not the flag of those that listen.
+        let inode = |line: &str| match line.split_whitespace().collect::<Vec<_>>()[..] {
+            [_, _, _, "00010000", _, _, inode, at] if Path::new(at) == path => Some(inode.to_owned()),
+            _ => None,
+        };
+        let link = format!("socket:[{}]", sockets.lines().find_map(inode).expect("the socket listens"));
         let mut open = fs::read_dir(format!("/proc/{process}/fd")).expect("its descriptors").filter_map(Result::ok);
         assert!(open.any(|fd| fs::read_link(fd.path()).is_ok_and(|target| target == Path::new(&link))), "{process} has no {link}\n{}", self.log());
         link
