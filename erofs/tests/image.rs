@@ -289,3 +289,88 @@ fn what_breaks_a_rule_is_refused_with_its_path() {
     }
     assert!(Checked::new(chunked(65536, at(0))).is_ok());
 }
+
+/// Bytes of the example from which `edit` can find inodes: it gets the bytes and where inodes are, by path.
+fn damaged(tree: &Tree, edit: impl FnOnce(&mut [u8], &dyn Fn(&[&[u8]]) -> usize)) -> String {
+    let whole = build(tree);
+    let image = Image::open(&whole).expect("what was written is readable");
+    let place = |path: &[&[u8]]| {
+        let nid = path.iter().fold(image.root(), |nid, name| image.lookup(nid, name).expect("readable").expect("there").nid);
+        // The device table of these trees ends in the first block, so inodes are counted from the start of the image.
+        nid.0 as usize * 32
+    };
+    let mut bytes = whole.clone();
+    edit(&mut bytes, &place);
+    repair_checksum(&mut bytes);
+    let error = read(&bytes).expect_err("damage is found");
+    match std::error::Error::source(&error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+#[test]
+fn damage_is_named() {
+    let tree = example();
+    let find = |bytes: &[u8], what: &[u8]| bytes.windows(what.len()).position(|window| window == what).expect("it is there");
+    let check = |expected: &str, error: String| assert!(error.contains(expected), "{error:?} should say {expected:?}");
+    // The example's inodes: /again, /big, /null and the root are 64, 64, 32 and 32 bytes; offsets are those of the kernel's structures.
+    check("its link count is not", damaged(&tree, |bytes, at| bytes[at(&[b"again"]) + 44] = 3));
+    check("its xattrs are shorter", damaged(&tree, |bytes, at| bytes[at(&[b"again"]) + 2] = 1));
+    check("a compact inode has a time", damaged(&tree, |bytes, at| bytes[at(&[b"null"]) + 12] = 1));
+    check("its data layout is unknown", damaged(&tree, |bytes, at| bytes[at(&[b"null"])] = 2));
+    check("its type is unknown", damaged(&tree, |bytes, at| bytes[at(&[b"null"]) + 5] = 0x70));
+    check("its directory says another type", damaged(&tree, |bytes, at| bytes[at(&[b"pipe"]) + 5] = 0xc0 | bytes[at(&[b"pipe"]) + 5] & 0xf));
+    check("chunk format", damaged(&tree, |bytes, at| bytes[at(&[b"big"]) + 16] = 0x3f));
+    check("device that does not exist", damaged(&tree, |bytes, at| bytes[at(&[b"big"]) + 64 + 2] = 9));
+    check("the image itself", damaged(&tree, |bytes, at| bytes[at(&[b"big"]) + 64 + 2] = 0));
+    check("past the end of its device", damaged(&tree, |bytes, at| bytes[at(&[b"big"]) + 64 + 5] = 9));
+    check("units of pack", damaged(&tree, |bytes, at| bytes[at(&[b"sparse"]) + 32 + 8 + 2] = 1));
+    check("belong to other inodes", damaged(&tree, |bytes, at| bytes[at(&[b"big"]) + 15] = 0x7f));
+    check(
+        "not sorted",
+        damaged(&tree, |bytes, _| {
+            let at = find(bytes, b"againbig");
+            bytes[at] = b'z';
+        }),
+    );
+    check(
+        "a directory has a second name",
+        damaged(&tree, |bytes, at| {
+            // /etc becomes the root, so that the tree has a cycle.
+            let (etc, root) = (at(&[b"etc"]) as u64 / 32, at(&[]) as u64 / 32);
+            let at = at(&[]) + find(&bytes[at(&[])..], &[&etc.to_le_bytes()[..]].concat());
+            bytes[at..at + 8].copy_from_slice(&root.to_le_bytes());
+        }),
+    );
+    check(
+        "wrong . or ..",
+        damaged(&tree, |bytes, at| {
+            let dot = at(&[b"etc"]) + 64 + bytes_of_shared_xattr();
+            bytes[dot] += 1;
+        }),
+    );
+}
+
+/// Header and one id.
+fn bytes_of_shared_xattr() -> usize {
+    12 + 4
+}
+
+/// A small image must not become a large tree: without a limit, every inode could claim all blocks there are.
+#[test]
+fn inodes_cannot_all_claim_the_same_blocks() {
+    let mut b = Builder::new(attr(0o755));
+    for i in 0..8u8 {
+        b.add(Tree::ROOT, &[b'a' + i], attr(0), Content::File(Data::Inline(vec![i; 8192])));
+    }
+    let error = damaged(&canonical(&b.tree), |bytes, at| {
+        let blocks = bytes.len() as u32 / 4096;
+        for i in 0..8u8 {
+            let at = at(&[&[b'a' + i]]);
+            bytes[at + 8..at + 12].copy_from_slice(&((blocks - 1) * 4096).to_le_bytes());
+            bytes[at + 16..at + 20].copy_from_slice(&1u32.to_le_bytes());
+        }
+    });
+    assert!(error.contains("belong to other inodes"), "{error}");
+}

@@ -13,7 +13,7 @@
 //! then   blocks                whole blocks of large directories (and of long inline files), block aligned, in the order of their inodes
 //! ```
 //!
-//! Files here: [`format`](self) constants and encodings, `checked` the gate, `plan` every number, `dirs` how directories are cut into blocks,
+//! Files here: `format` constants and encodings, `checked` the gate, `plan` every number, `dirs` how directories are cut into blocks,
 //! `emit` the bytes, `reader` and `read_dir` the views, `walk` a verified pass over all names and the tree it gives, `dump` the text.
 
 mod checked;
