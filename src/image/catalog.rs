@@ -437,3 +437,213 @@ impl Drop for Landing<'_> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use testbed::{need, require};
+    use uapi::mount::{FuseOptions, Unmount, fuse_open, unmount};
+
+    use super::*;
+    use crate::store::Name;
+    use crate::store::sample::{Sample, layers, metadata, payloads};
+
+    /// Longer than anything here takes: reaching it is a failure.
+    fn patient() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    fn state(sample: &Sample) -> PathBuf {
+        sample.dir.path().join("state")
+    }
+
+    fn catalog(sample: &Sample) -> Catalog {
+        Catalog::new(sample.store.dir().to_owned(), state(sample), sample.trust_files())
+    }
+
+    #[test]
+    fn every_chain_of_an_image_is_known_and_becomes_local() {
+        let sample = Sample::new();
+        let all = layers("a", 3);
+        let payloads = sample.publish(&all);
+        let catalog = catalog(&sample);
+        for (n, payload) in payloads.iter().enumerate() {
+            assert_eq!(catalog.sizes(&payload.chain), None);
+            assert_eq!(catalog.known(&payload.chain, patient()).as_deref(), Some(payload));
+            assert_eq!(catalog.sizes(&payload.chain), Some(payload.sizes));
+            let local = catalog.local(&payload.chain).unwrap();
+            assert_eq!((local.digest, &local.packs), (payload.metadata, &payload.packs));
+            assert_eq!(fs::read(local.meta).unwrap(), metadata(&all[..=n]).bytes);
+        }
+    }
+
+    #[test]
+    fn a_later_process_needs_no_store_for_what_was_found() {
+        let sample = Sample::new();
+        let payloads = sample.publish(&layers("a", 2));
+        let chains: Vec<ChainId> = payloads.iter().map(|payload| payload.chain).collect();
+        let first = catalog(&sample);
+        assert!(chains.iter().all(|chain| first.known(chain, patient()).is_some()));
+        drop(first);
+        fs::remove_dir_all(sample.store.dir()).unwrap();
+        let later = catalog(&sample);
+        for payload in &payloads {
+            assert_eq!(later.local(&payload.chain).unwrap().digest, payload.metadata);
+            assert_eq!(later.sizes(&payload.chain), Some(payload.sizes));
+            assert!(later.known(&payload.chain, patient()).is_none(), "but nothing new is promised without the store");
+            assert!(later.local(&payload.chain).is_ok(), "and a miss forgets nothing local");
+        }
+        // With the key, trust goes too.
+        fs::remove_file(&sample.trust_files().0[0]).unwrap();
+        assert!(catalog(&sample).local(&chains[1]).is_err());
+    }
+
+    #[test]
+    fn what_was_lost_or_damaged_locally_is_fetched_again() {
+        let sample = Sample::new();
+        let payloads = sample.publish(&layers("a", 2));
+        for payload in &payloads {
+            for damage in [None, Some(b"damaged")] {
+                let first = catalog(&sample).local(&payload.chain).unwrap();
+                for file in fs::read_dir(state(&sample).join("meta")).unwrap().chain(fs::read_dir(state(&sample).join("trees")).into_iter().flatten())
+                {
+                    match damage {
+                        None => fs::remove_file(file.unwrap().path()).unwrap(),
+                        Some(bytes) => fs::write(file.unwrap().path(), bytes).unwrap(),
+                    }
+                }
+                let again = catalog(&sample).local(&payload.chain).unwrap();
+                assert_eq!(again, first);
+                assert_eq!(Digest::of(&fs::read(again.meta).unwrap()), payload.metadata);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_usable_is_a_miss_and_asked_again() {
+        let sample = Sample::new();
+        let payload = payloads(&layers("a", 1), &sample.key).remove(0);
+        let catalog = catalog(&sample);
+        assert!(catalog.known(&payload.chain, patient()).is_none());
+        let error = catalog.local(&payload.chain).unwrap_err();
+        assert!(matches!(error, CatalogError::NotInStore { .. }), "{error}");
+        sample.publish(&layers("a", 1));
+        assert!(catalog.known(&payload.chain, patient()).is_some(), "misses are not remembered");
+    }
+
+    #[test]
+    fn a_store_that_comes_later_is_found_and_one_that_breaks_is_a_miss() {
+        let sample = Sample::new();
+        let payloads = sample.publish(&layers("a", 2));
+        let away = sample.dir.path().join("away");
+        fs::rename(sample.store.dir(), &away).unwrap();
+        let catalog = catalog(&sample);
+        assert!(catalog.known(&payloads[0].chain, patient()).is_none());
+        fs::create_dir(sample.store.dir()).unwrap();
+        assert!(catalog.known(&payloads[0].chain, patient()).is_none(), "a directory that is no store yet");
+        fs::remove_dir(sample.store.dir()).unwrap();
+        fs::rename(&away, sample.store.dir()).unwrap();
+        assert!(catalog.known(&payloads[0].chain, patient()).is_some());
+        fs::write(sample.store.dir().join(Name::Meta(payloads[1].metadata).path()), b"damaged").unwrap();
+        assert!(catalog.known(&payloads[1].chain, patient()).is_none());
+        assert!(matches!(catalog.local(&payloads[1].chain), Err(CatalogError::Store { .. })));
+    }
+
+    #[test]
+    fn a_node_that_cannot_write_its_state_misses() {
+        let sample = Sample::new();
+        let payload = sample.publish(&layers("a", 1)).remove(0);
+        fs::write(state(&sample), b"a file where a directory should be").unwrap();
+        let catalog = catalog(&sample);
+        assert!(catalog.known(&payload.chain, patient()).is_none());
+        assert!(matches!(catalog.local(&payload.chain), Err(CatalogError::Disk { .. })));
+    }
+
+    #[test]
+    fn a_signed_record_that_is_wrong_is_an_error_not_an_image() {
+        let check = |edit: &dyn Fn(&mut Payload), top: bool, part: &str| {
+            let sample = Sample::new();
+            let all = layers("a", 2);
+            let mut payload = sample.publish(&all).swap_remove(usize::from(top));
+            let honest = Name::Record { chain: payload.chain, digest: Digest::of(&payload.encode()) };
+            fs::remove_file(sample.store.dir().join(honest.path())).unwrap();
+            edit(&mut payload);
+            sample.store.put_record(&payload, &sample.key).unwrap();
+            let error = catalog(&sample).local(&payload.chain).unwrap_err();
+            let CatalogError::Wrong { source, .. } = &error else { panic!("{error:?}") };
+            assert!(source.to_string().contains(part), "{source}");
+        };
+        check(&|payload| payload.metadata = Digest::of(b"another image"), false, "it says");
+        check(&|payload| payload.packs[0].blocks += 1, false, "devices");
+        check(&|payload| payload.packs[0].blocks += 1, true, "devices");
+        check(&|payload| payload.packs.clear(), true, "devices");
+    }
+
+    #[test]
+    fn whoever_asks_at_once_shares_one_flight() {
+        let sample = Sample::new();
+        let payload = sample.publish(&layers("a", 4)).pop().unwrap();
+        let catalog = &catalog(&sample);
+        let found: Vec<Arc<Payload>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..16).map(|_| scope.spawn(|| catalog.known(&payload.chain, patient()).unwrap())).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(found.iter().all(|one| **one == payload));
+        assert!(lock(&catalog.shared.desk).threads <= MAX_THREADS);
+    }
+
+    /// A FUSE mount nobody serves: whoever touches it waits until the device is closed, as on a dead file server.
+    struct Hung {
+        at: PathBuf,
+        device: Option<std::os::fd::OwnedFd>,
+    }
+
+    impl Hung {
+        fn over(at: &std::path::Path) -> Hung {
+            let options = FuseOptions { source: "hung", subtype: "hung", max_read: 131_072 };
+            Hung { at: at.to_owned(), device: Some(fuse_open(at, options).unwrap()) }
+        }
+    }
+
+    impl Drop for Hung {
+        fn drop(&mut self) {
+            self.device = None;
+            let _ = unmount(&self.at, Unmount::Detach);
+        }
+    }
+
+    #[test]
+    fn a_store_that_hangs_costs_a_miss_in_time_and_few_threads_and_is_used_when_it_answers() {
+        require!(need::root(), need::path("/dev/fuse"));
+        let sample = Sample::new();
+        let payload = sample.publish(&layers("a", 1)).remove(0);
+        let catalog = catalog(&sample);
+        let hung = Hung::over(sample.store.dir());
+        let chains = (0..100).map(|i| ChainId(crate::oci::Sha256::of(format!("{i}").as_bytes())));
+        for chain in chains.chain([payload.chain]) {
+            let deadline = Instant::now() + Duration::from_millis(20);
+            assert!(catalog.known(&chain, deadline).is_none());
+            // Far from the deadline only if the caller itself were waiting for the store.
+            assert!(deadline.elapsed() < Duration::from_secs(10));
+        }
+        assert_eq!(lock(&catalog.shared.desk).threads, MAX_THREADS);
+        assert!(lock(&catalog.shared.desk).queue.len() <= MAX_QUEUED);
+        drop(hung);
+        assert!(catalog.known(&payload.chain, patient()).is_some());
+        assert!(catalog.local(&payload.chain).is_ok());
+    }
+
+    #[test]
+    fn a_chain_already_found_is_local_while_the_store_hangs() {
+        require!(need::root(), need::path("/dev/fuse"));
+        let sample = Sample::new();
+        let payload = sample.publish(&layers("a", 2)).remove(0);
+        catalog(&sample).known(&payload.chain, patient()).unwrap();
+        let catalog = catalog(&sample);
+        let _hung = Hung::over(sample.store.dir());
+        assert_eq!(catalog.local(&payload.chain).unwrap().digest, payload.metadata);
+        assert_eq!(catalog.sizes(&payload.chain), Some(payload.sizes));
+        assert_eq!(lock(&catalog.shared.desk).threads, 0, "the store was not touched");
+    }
+}

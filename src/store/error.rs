@@ -129,3 +129,37 @@ impl StoreError {
         matches!(self, StoreError::Missing { .. } | StoreError::Damaged { .. } | StoreError::Foreign { .. })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_errno_means_what_the_caller_does_next() {
+        let check = |doing, errno: Errno, expected: &str| {
+            let error = StoreError::from_errno(doing, Path::new("/store/packs/x"), errno);
+            assert!(format!("{error:?}").starts_with(expected), "{errno:?}: {error:?}");
+            assert!(error.to_string().contains("/store/packs/x"), "{error}");
+            if let Some(source) = std::error::Error::source(&error) {
+                assert!(!error.to_string().contains(&source.to_string()), "{error} repeats its source");
+            }
+        };
+        for (errno, reading, writing) in [
+            (Errno::NOENT, "Missing", "Unreachable"),
+            (Errno::NOSPC, "Unreachable", "Full"),
+            (Errno::DQUOT, "Unreachable", "Full"),
+            (Errno::ROFS, "Unreachable", "NotWritable"),
+            (Errno::ACCESS, "Unreachable", "NotWritable"),
+            (Errno::LOOP, "Foreign", "Foreign"),
+            (Errno::XDEV, "Foreign", "Foreign"),
+            (Errno::NOTDIR, "Foreign", "Foreign"),
+            (Errno::STALE, "Unreachable", "Unreachable"),
+            (Errno::IO, "Unreachable", "Unreachable"),
+            (Errno::TIMEDOUT, "Unreachable", "Unreachable"),
+            (Errno::NOSYS, "NoOpenat2", "NoOpenat2"),
+        ] {
+            check(Doing::Reading, errno, reading);
+            check(Doing::Writing, errno, writing);
+        }
+    }
+}

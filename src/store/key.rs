@@ -243,7 +243,8 @@ mod tests {
     use super::*;
 
     // Key pair of RFC 8410 section 10.
-    const RFC_PRIVATE: &str = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC\n-----END PRIVATE KEY-----\n";
+    const RFC_PRIVATE: &str =
+        "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC\n-----END PRIVATE KEY-----\n";
     const RFC_PUBLIC: &str = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=\n-----END PUBLIC KEY-----\n";
 
     #[test]
@@ -289,7 +290,8 @@ mod tests {
     fn other_files_are_refused_with_their_path() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("key");
-        for (text, reason) in [("", "no line"), (RFC_PUBLIC, "no line"), (&RFC_PRIVATE.replace("MC4", "MC5"), "("), (&"x".repeat(20_000), "too long")] {
+        for (text, reason) in [("", "no line"), (RFC_PUBLIC, "no line"), (&RFC_PRIVATE.replace("MC4", "MC5"), "("), (&"x".repeat(20_000), "too long")]
+        {
             fs::write(&path, text).unwrap();
             let error = SigningKey::load_or_create(&path).unwrap_err();
             let text = format!("{error} {}", std::error::Error::source(&error).map_or_else(String::new, ToString::to_string));

@@ -48,6 +48,8 @@ pub mod publish;
 pub mod record;
 pub mod roots;
 pub mod chunks;
+#[cfg(test)]
+pub(crate) mod sample;
 
 pub use content::MAX_UNCOMPRESSED;
 pub use error::StoreError;
@@ -183,12 +185,11 @@ fn found_in(dir: &Path) -> Result<(), StoreError> {
     let path = dir.join(&name);
     let mut file = open::create(&root, &name, &path)?;
     let written = file.write_all(&Descriptor::new(random_hex()).encode()).and_then(|()| file.sync_all());
-    let linked = written.map_err(|error| StoreError::writing(&path, error)).and_then(|()| {
-        match linkat(&root, &name, &root, DESCRIPTOR, AtFlags::empty()) {
+    let linked =
+        written.map_err(|error| StoreError::writing(&path, error)).and_then(|()| match linkat(&root, &name, &root, DESCRIPTOR, AtFlags::empty()) {
             Ok(()) | Err(Errno::EXIST) => Ok(()),
             Err(errno) => Err(StoreError::from_errno(Doing::Writing, &dir.join(DESCRIPTOR), errno)),
-        }
-    });
+        });
     // Left behind it would do no harm.
     let _ = unlinkat(&root, &name, AtFlags::empty());
     linked?;
@@ -209,4 +210,130 @@ fn random_hex() -> String {
     let mut bytes = [0u8; 16];
     aws_lc_rs::rand::fill(&mut bytes).expect("the kernel's random number generator never fails once seeded");
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use testbed::{need, require};
+    use uapi::mount::{Unmount, mount_with_options, unmount};
+
+    use super::*;
+
+    #[test]
+    fn a_directory_becomes_a_store_or_is_refused() {
+        let descriptor = |format: u64| {
+            String::from_utf8(Descriptor::new("0123456789abcdef0123456789abcdef".into()).encode()).unwrap().replace(": 1", &format!(": {format}"))
+        };
+        let check = |files: &[(&str, &str)], expected: &str| {
+            let dir = tempfile::tempdir().unwrap();
+            for (name, text) in files {
+                match name.strip_suffix('/') {
+                    Some(name) => fs::create_dir(dir.path().join(name)).unwrap(),
+                    None => fs::write(dir.path().join(name), text).unwrap(),
+                }
+            }
+            let outcome = match Store::create(dir.path()) {
+                Ok(store) => {
+                    assert_eq!(Store::open(dir.path()).unwrap().id(), store.id());
+                    assert!(layout::DIRECTORIES.iter().all(|name| dir.path().join(name).is_dir()));
+                    assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
+                    "store".to_owned()
+                }
+                Err(error) => {
+                    assert!(error.to_string().contains(dir.path().to_str().unwrap()), "{error}");
+                    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), files.len(), "a refused directory is left as it was");
+                    error.to_string()
+                }
+            };
+            assert!(outcome.contains(expected), "{files:?}: {outcome}");
+        };
+        check(&[], "store");
+        check(&[("lost+found/", "")], "store");
+        check(&[(".slipway.json.0123", "{\"form")], "store");
+        check(&[("slipway.json", &descriptor(1))], "store");
+        check(&[("slipway.json", &descriptor(1)), ("notes.txt", "")], "store");
+        check(&[("notes.txt", "")], "is no Slipway store");
+        check(&[("packs/", "")], "is no Slipway store");
+        check(&[("slipway.json", &descriptor(2))], "format version 2, this program knows 1: use a newer Slipway");
+        check(&[("slipway.json", "")], "not what Slipway writes");
+        check(&[("slipway.json", &descriptor(1).replace("zstd", "lz4"))], "lz4");
+    }
+
+    #[test]
+    fn a_path_that_is_no_directory_is_no_store() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), b"").unwrap();
+        assert!(matches!(Store::create(&dir.path().join("file")), Err(StoreError::NotAStore { .. })));
+        assert!(matches!(Store::open(&dir.path().join("none")), Err(StoreError::Unreachable { .. })));
+        assert!(matches!(Store::create(&dir.path().join("none/deeper")), Err(StoreError::Unreachable { .. })));
+        assert!(!Store::create(&dir.path().join("none")).unwrap().id().is_empty(), "one level is made");
+        assert!(matches!(Store::open(dir.path()), Err(StoreError::NotAStore { .. })));
+    }
+
+    #[test]
+    fn converters_that_start_at_once_found_one_store() {
+        let dir = &tempfile::tempdir().unwrap();
+        let ids: Vec<String> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| Store::create(dir.path()).unwrap().id().to_owned())).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), layout::DIRECTORIES.len() + 1);
+    }
+
+    /// A tmpfs that goes away with the test.
+    struct Tmpfs(tempfile::TempDir);
+
+    impl Tmpfs {
+        fn new(options: &str) -> Tmpfs {
+            let dir = tempfile::tempdir().unwrap();
+            mount_with_options("tmpfs", "tmpfs", dir.path(), &[options.to_owned()]).unwrap();
+            Tmpfs(dir)
+        }
+    }
+
+    impl Drop for Tmpfs {
+        fn drop(&mut self) {
+            let _ = unmount(self.0.path(), Unmount::Detach);
+        }
+    }
+
+    fn noise(len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        aws_lc_rs::rand::fill(&mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_full_store_takes_nothing_and_shows_nothing() {
+        require!(need::root());
+        let disk = Tmpfs::new("size=256k");
+        let store = Store::create(disk.0.path()).unwrap();
+        let image = noise(1 << 20);
+        let error = store.put_metadata(&image).unwrap_err();
+        assert!(matches!(error, StoreError::Full { .. }), "{error}");
+        assert!(matches!(store.read_metadata(&erofs::digest::Digest::of(&image)), Err(StoreError::Missing { .. })));
+        assert_eq!(fs::read_dir(disk.0.path().join("tmp")).unwrap().count(), 0, "the space is free again");
+        assert!(!disk.0.path().join("meta").read_dir().unwrap().any(|_| true));
+        let small = noise(100 << 10);
+        let (digest, _) = store.put_metadata(&small).unwrap();
+        assert_eq!(store.read_metadata(&digest).unwrap(), small);
+    }
+
+    #[test]
+    fn a_read_only_store_is_read_and_refuses_converters() {
+        require!(need::root());
+        let disk = Tmpfs::new("size=1m");
+        let store = Store::create(disk.0.path()).unwrap();
+        let (digest, _) = store.put_metadata(b"image").unwrap();
+        rustix::mount::mount_remount(disk.0.path(), rustix::mount::MountFlags::RDONLY, "").unwrap();
+        let error = Store::create(disk.0.path()).unwrap_err();
+        assert!(matches!(error, StoreError::NotWritable { .. }), "{error}");
+        assert!(matches!(store.put_metadata(b"other"), Err(StoreError::NotWritable { .. })));
+        assert_eq!(Store::open(disk.0.path()).unwrap().read_metadata(&digest).unwrap(), b"image");
+        let empty = Tmpfs::new("ro");
+        assert!(matches!(Store::create(empty.0.path()), Err(StoreError::NotWritable { .. })));
+    }
 }

@@ -229,3 +229,145 @@ fn same_bytes(ours: &File, there: &File) -> io::Result<bool> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write as _;
+    use std::os::unix::fs::symlink;
+
+    use erofs::digest::Digest;
+
+    use super::*;
+    use crate::store::sample::Sample;
+
+    fn temps(store: &Store) -> usize {
+        fs::read_dir(store.dir().join("tmp")).unwrap().count()
+    }
+
+    fn publish(store: &Store, name: &Name, bytes: &[u8]) -> Result<Published, StoreError> {
+        let mut temp = store.temp().unwrap();
+        temp.write_all(bytes).unwrap();
+        store.publish(temp, name)
+    }
+
+    #[test]
+    fn a_taken_name_is_kept_when_whole_and_replaced_when_not() {
+        let image = vec![7; 100_000];
+        let digest = Digest::of(&image);
+        let compressed = |level| zstd::bulk::compress(&image, level).unwrap();
+        let check = |there: Option<&[u8]>, expected: Published| {
+            let Sample { dir: _dir, store, .. } = Sample::new();
+            let path = store.dir().join(Name::Meta(digest).path());
+            if let Some(there) = there {
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(&path, there).unwrap();
+            }
+            assert_eq!(store.put_metadata(&image).unwrap(), (digest, expected), "{} bytes there", there.map_or(0, <[u8]>::len));
+            assert_eq!(store.read_metadata(&digest).unwrap(), image);
+            assert_eq!(temps(&store), 0);
+            if expected == Published::Present {
+                assert_eq!(fs::read(&path).unwrap(), there.unwrap(), "what is whole is not touched");
+            }
+        };
+        let mut flipped = compressed(3);
+        *flipped.last_mut().unwrap() ^= 1;
+        let other = zstd::bulk::compress(b"another image", 3).unwrap();
+        check(None, Published::New);
+        check(Some(&compressed(3)), Published::Present);
+        check(Some(&compressed(19)), Published::Present);
+        check(Some(&compressed(3)[..20]), Published::Replaced);
+        check(Some(b""), Published::Replaced);
+        check(Some(&flipped), Published::Replaced);
+        check(Some(&other), Published::Replaced);
+    }
+
+    #[test]
+    fn a_pack_is_kept_when_every_byte_agrees() {
+        let name = Name::Pack(Digest::of(b"footer"));
+        for (there, expected) in
+            [(&b"units"[..], Published::Present), (b"unitZ", Published::Replaced), (b"unit", Published::Replaced), (b"units+", Published::Replaced)]
+        {
+            let sample = Sample::new();
+            assert_eq!(publish(&sample.store, &name, there).unwrap(), Published::New);
+            assert_eq!(publish(&sample.store, &name, b"units").unwrap(), expected, "{there:?}");
+            assert_eq!(fs::read(sample.store.dir().join(name.path())).unwrap(), b"units");
+        }
+    }
+
+    #[test]
+    fn a_link_in_place_of_a_file_is_replaced_and_one_in_place_of_a_directory_refused() {
+        let sample = Sample::new();
+        let outside = sample.dir.path().join("outside");
+        fs::write(&outside, b"mine").unwrap();
+        let name = Name::Pack(Digest::of(b"footer"));
+        let path = sample.store.dir().join(name.path());
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        symlink(&outside, &path).unwrap();
+        assert_eq!(publish(&sample.store, &name, b"units").unwrap(), Published::Replaced);
+        assert_eq!((fs::read(&path).unwrap(), fs::read(&outside).unwrap()), (b"units".to_vec(), b"mine".to_vec()));
+
+        fs::remove_dir_all(sample.store.dir().join("packs")).unwrap();
+        symlink(sample.dir.path(), sample.store.dir().join("packs")).unwrap();
+        assert!(matches!(publish(&sample.store, &name, b"units"), Err(StoreError::Foreign { .. })));
+        assert!(matches!(sample.store.open_file(&name), Err(StoreError::Foreign { .. })));
+        assert_eq!(temps(&sample.store), 0);
+    }
+
+    #[test]
+    fn a_crash_before_the_link_shows_nothing_and_one_after_it_everything() {
+        let Sample { dir: _dir, store, .. } = Sample::new();
+        let name = Name::Pack(Digest::of(b"footer"));
+        let path = store.dir().join(name.path());
+        // Killed while writing: the destructor does not run.
+        let mut temp = store.temp().unwrap();
+        temp.write_all(b"uni").unwrap();
+        std::mem::forget(temp);
+        assert_eq!(store.file_len(&name).unwrap(), None);
+        // Killed between link and unlink.
+        assert_eq!(publish(&store, &name, b"units").unwrap(), Published::New);
+        fs::hard_link(&path, store.dir().join("tmp/killed")).unwrap();
+        assert_eq!(store.file_len(&name).unwrap(), Some(5));
+        assert_eq!(publish(&store, &name, b"units").unwrap(), Published::Present);
+        assert_eq!(temps(&store), 2);
+        // A day later a converter starts: what it removes is only the second name.
+        let day = STALE + Duration::from_secs(60);
+        for entry in fs::read_dir(store.dir().join("tmp")).unwrap() {
+            let file = File::options().write(true).open(entry.unwrap().path()).unwrap();
+            file.set_modified(SystemTime::now() - day).unwrap();
+        }
+        let young = store.temp().unwrap();
+        Store::create(store.dir()).unwrap();
+        assert_eq!(temps(&store), 1, "the young one stays");
+        drop(young);
+        assert_eq!(fs::read(&path).unwrap(), b"units");
+    }
+
+    #[test]
+    fn a_second_link_of_the_same_file_is_ours() {
+        // What NFS makes of a link whose first answer was lost.
+        let Sample { dir: _dir, store, .. } = Sample::new();
+        let name = Name::Pack(Digest::of(b"footer"));
+        let mut temp = store.temp().unwrap();
+        temp.write_all(b"units").unwrap();
+        let path = store.dir().join(name.path());
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::hard_link(temp.path(), &path).unwrap();
+        assert_eq!(store.publish(temp, &name).unwrap(), Published::New);
+        assert_eq!((fs::read(&path).unwrap(), temps(&store)), (b"units".to_vec(), 0));
+    }
+
+    #[test]
+    fn of_publishers_that_race_one_comes_first_and_all_succeed() {
+        let sample = Sample::new();
+        let store = &sample.store;
+        let image = &vec![3; 300_000];
+        let outcomes: Vec<Published> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(move || store.put_metadata(image).unwrap().1)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(outcomes.iter().filter(|outcome| **outcome == Published::New).count(), 1, "{outcomes:?}");
+        assert_eq!(outcomes.iter().filter(|outcome| **outcome == Published::Present).count(), 7, "{outcomes:?}");
+        assert_eq!(temps(store), 0);
+    }
+}

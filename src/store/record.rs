@@ -283,3 +283,194 @@ impl Store {
         Ok(Ok(Found { payload, record }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::store::sample::{Sample, layers, payloads};
+
+    #[test]
+    fn a_payload_is_written_without_white_space_in_a_fixed_order() {
+        let sample = Sample::new();
+        let payload = payloads(&layers("a", 2), &sample.key).pop().unwrap();
+        let Payload { chain, parent, diff_ids, trees, metadata, key, packs, .. } = &payload;
+        let size = payload.sizes.metadata;
+        let expected = format!(
+            "{{\"chain\":\"{chain}\",\"parent\":\"{}\",\"diff_ids\":[\"{}\",\"{}\"],\"trees\":[\"{}\",\"{}\"],\"metadata\":\"{metadata}\",\
+             \"fold_version\":1,\"packs\":[{{\"digest\":\"{}\",\"blocks\":64,\"unit_bits\":18}}],\
+             \"sizes\":{{\"metadata\":{size},\"content\":200000,\"inodes\":4,\"stored\":44}},\"top\":true,\"tool\":\"slipway 0.1.0\",\"key\":\"{key}\"}}",
+            parent.unwrap(),
+            diff_ids[0],
+            diff_ids[1],
+            trees[0],
+            trees[1],
+            packs[0].digest,
+        );
+        assert_eq!(String::from_utf8(payload.encode()).unwrap(), expected);
+        assert_eq!(Payload::decode(&payload.encode()).unwrap(), payload);
+    }
+
+    #[test]
+    fn a_payload_that_contradicts_itself_is_refused() {
+        let sample = Sample::new();
+        let good = payloads(&layers("a", 3), &sample.key).pop().unwrap();
+        type Edit = fn(&mut Payload);
+        let edits: [(Edit, &str); 7] = [
+            (|p| p.chain = p.parent.unwrap(), "chain ID"),
+            (|p| p.parent = None, "parent"),
+            (|p| p.parent = Some(p.chain), "parent"),
+            (|p| p.diff_ids.clear(), "chain ID"),
+            (|p| p.trees.truncate(1), "one tree"),
+            (|p| p.packs.push(p.packs[0]), "twice"),
+            (|p| p.packs = vec![p.packs[0]; MAX_PACKS + 1], "too many"),
+        ];
+        for (edit, part) in edits {
+            let mut payload = good.clone();
+            edit(&mut payload);
+            let fault = Payload::decode(&payload.encode()).unwrap_err();
+            assert!(fault.to_string().contains(part), "{part}: {fault}");
+        }
+        let text = String::from_utf8(good.encode()).unwrap();
+        for bad in [text.replace("\"top\"", "\"newer\":1,\"top\""), text.replace("\"unit_bits\":18", "\"unit_bits\":30"), text.replace(":true", ":1")]
+        {
+            assert!(matches!(Payload::decode(bad.as_bytes()), Err(RecordFault::Malformed(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_what_a_trusted_key_signed_is_opened() {
+        let (sample, other) = (Sample::new(), Sample::new());
+        let payload = payloads(&layers("a", 1), &sample.key).remove(0);
+        let raw = payload.encode();
+        let record = sign(&raw, &sample.key);
+        assert_eq!(open_record(&record, &sample.trust()).unwrap(), (payload.clone(), Digest::of(&raw)));
+        assert_eq!(open_record(&record, &Trust::default()), Err(RecordFault::Untrusted(sample.key.public().id())));
+        assert_eq!(open_record(&record, &other.trust()), Err(RecordFault::Untrusted(sample.key.public().id())));
+        // Another key's name over our signature, and another key's record of our payload.
+        let text = String::from_utf8(record).unwrap();
+        let forged = text.replace(&sample.key.public().id().to_string(), &other.key.public().id().to_string());
+        assert_eq!(open_record(forged.as_bytes(), &other.trust()), Err(RecordFault::BadSignature));
+        assert!(matches!(open_record(&sign(&raw, &other.key), &other.trust()), Err(RecordFault::Malformed(_))));
+        let changed = text.replace(&STANDARD.encode(&raw), &STANDARD.encode(raw.strip_suffix(b"}").unwrap()));
+        assert_eq!(open_record(changed.as_bytes(), &sample.trust()), Err(RecordFault::BadSignature));
+        assert!(matches!(open_record(text.replace("\"key\"", "\"more\":0,\"key\"").as_bytes(), &sample.trust()), Err(RecordFault::Malformed(_))));
+    }
+
+    #[test]
+    fn a_chain_is_found_until_something_of_it_is_missing() {
+        let remove = |sample: &Sample, name: Name| fs::remove_file(sample.store.dir().join(name.path())).unwrap();
+        let record = |payload: &Payload| Name::Record { chain: payload.chain, digest: Digest::of(&payload.encode()) };
+        let table: [(&str, bool, bool, &dyn Fn(&Sample, &Payload)); 9] = [
+            ("nothing", true, true, &|_, _| {}),
+            ("pack", false, false, &|sample, p| remove(sample, Name::Pack(p.packs[0].digest))),
+            ("metadata", true, false, &|sample, p| {
+                if p.top {
+                    remove(sample, Name::Meta(p.metadata))
+                }
+            }),
+            ("tree", false, true, &|sample, p| remove(sample, p.tree_names().next().unwrap())),
+            ("record", false, false, &|sample, p| remove(sample, record(p))),
+            ("record cut short", false, false, &|sample, p| fs::write(sample.store.dir().join(record(p).path()), b"{").unwrap()),
+            ("tombstone", false, false, &|sample, p| fs::write(sample.store.dir().join(record(p).path()).with_extension("tomb"), b"").unwrap()),
+            ("record linked elsewhere", false, false, &|sample, p| {
+                let path = sample.store.dir().join(record(p).path());
+                let away = sample.dir.path().join("away");
+                fs::rename(&path, &away).unwrap();
+                std::os::unix::fs::symlink(&away, &path).unwrap();
+            }),
+            ("record under another's name", false, false, &|sample, p| {
+                let path = sample.store.dir().join(record(p).path());
+                fs::rename(&path, path.with_file_name(format!("{}.json", Digest::of(b"x")))).unwrap();
+            }),
+        ];
+        for (what, prefix, top, harm) in table {
+            for (index, expected) in [(0, prefix), (1, top)] {
+                let sample = Sample::new();
+                let payload = sample.publish(&layers("a", 2)).swap_remove(index);
+                harm(&sample, &payload);
+                let found = sample.store.find(&payload.chain, &sample.trust()).unwrap();
+                assert_eq!(found, expected.then_some(payload), "{what}, layer {index}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_usable_record_in_byte_order_wins() {
+        let sample = Sample::new();
+        let all = layers("a", 2);
+        let mut records: Vec<Payload> = (0..4).map(|i| Payload { tool: format!("tool {i}"), ..sample.publish(&all).swap_remove(1) }).collect();
+        for payload in &records {
+            sample.store.put_record(payload, &sample.key).unwrap();
+        }
+        records.push(payloads(&all, &sample.key).swap_remove(1));
+        records.sort_by_key(|payload| Digest::of(&payload.encode()).to_string());
+        for payload in records {
+            assert_eq!(sample.store.find(&payload.chain, &sample.trust()).unwrap().as_ref(), Some(&payload));
+            let path = sample.store.dir().join(Name::Record { chain: payload.chain, digest: Digest::of(&payload.encode()) }.path());
+            fs::write(path, b"damaged").unwrap();
+        }
+    }
+
+    #[test]
+    fn other_keys_and_fold_versions_are_passed_over() {
+        let (sample, other) = (Sample::new(), Sample::new());
+        let payload = sample.publish(&layers("a", 1)).remove(0);
+        let theirs = Payload { key: other.key.public().id(), ..payload.clone() };
+        sample.store.put_record(&theirs, &other.key).unwrap();
+        assert_eq!(sample.store.find(&payload.chain, &other.trust()).unwrap(), Some(theirs));
+        assert_eq!(sample.store.find(&payload.chain, &sample.trust()).unwrap(), Some(payload.clone()));
+        assert_eq!(sample.store.find(&payload.chain, &Trust::default()).unwrap(), None);
+        let newer = Sample::new();
+        newer.publish(&layers("b", 1));
+        let newest = Payload { fold_version: FOLD_VERSION + 1, key: newer.key.public().id(), ..payload.clone() };
+        newer.store.put_record(&newest, &newer.key).unwrap();
+        assert_eq!(newer.store.find(&payload.chain, &newer.trust()).unwrap(), None);
+    }
+
+    #[test]
+    fn publishing_a_record_again_removes_its_tombstone() {
+        let sample = Sample::new();
+        let payload = sample.publish(&layers("a", 1)).remove(0);
+        let path = sample.store.dir().join(Name::Record { chain: payload.chain, digest: Digest::of(&payload.encode()) }.path());
+        fs::write(path.with_extension("tomb"), b"").unwrap();
+        assert_eq!(sample.store.find(&payload.chain, &sample.trust()).unwrap(), None);
+        assert_eq!(sample.store.put_record(&payload, &sample.key).unwrap(), Published::Present);
+        assert_eq!(sample.store.find(&payload.chain, &sample.trust()).unwrap(), Some(payload));
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_records_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), payload in "\\PC{0,40}") {
+            let sample_key = KeyId([0; 8]);
+            let _ = open_record(&bytes, &Trust::default());
+            let envelope = format!("{{\"payload\":\"{}\",\"key\":\"{sample_key}\",\"signature\":\"\"}}", STANDARD.encode(&payload));
+            prop_assert_eq!(open_record(envelope.as_bytes(), &Trust::default()), Err(RecordFault::Untrusted(sample_key)));
+            prop_assert!(Payload::decode(&bytes).is_err());
+            prop_assert!(Payload::decode(payload.as_bytes()).is_err());
+        }
+
+        #[test]
+        fn payloads_round_trip(seed: [[u8; 32]; 4], blocks: u32, bits in 16u8..=20, sizes: [u64; 4], top: bool, tool in "\\PC{0,20}") {
+            let diff_ids: Vec<DiffId> = seed[..2].iter().map(|seed| DiffId(crate::oci::Sha256(*seed))).collect();
+            let chains = chain_ids(&diff_ids);
+            let payload = Payload {
+                chain: chains[1],
+                parent: Some(chains[0]),
+                diff_ids,
+                trees: vec![Digest(seed[2]), Digest(seed[3])],
+                metadata: Digest(seed[0]),
+                fold_version: blocks,
+                packs: vec![PackRef { digest: Digest(seed[1]), blocks, unit_bits: UnitBits::new(bits).unwrap() }],
+                sizes: Sizes { metadata: sizes[0], content: sizes[1], inodes: sizes[2], stored: sizes[3] },
+                top,
+                tool,
+                key: KeyId([7; 8]),
+            };
+            prop_assert_eq!(Payload::decode(&payload.encode()), Ok(payload));
+        }
+    }
+}

@@ -114,3 +114,60 @@ impl Store {
         Ok(dirs)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::store::sample::{Sample, layers};
+
+    fn root(sample: &Sample, source: &str) -> ImageRoot {
+        let payload = sample.publish(&layers(source, 2)).pop().unwrap();
+        let blob = |text: &str| Sha256::of(text.as_bytes());
+        ImageRoot {
+            source: source.to_owned(),
+            target: None,
+            platform: "linux/amd64".to_owned(),
+            manifest: blob(&format!("manifest of {source}")),
+            chain: payload.chain,
+            metadata: payload.metadata,
+            layers: payload
+                .diff_ids
+                .iter()
+                .zip(&payload.trees)
+                .map(|(&diff_id, &tree)| RootLayer { blob: blob("b"), size: 7, diff_id, tree })
+                .collect(),
+            sizes: payload.sizes,
+        }
+    }
+
+    #[test]
+    fn images_are_listed_by_name_and_said_once() {
+        let sample = Sample::new();
+        assert!(sample.store.images().unwrap().is_empty());
+        let (b, a) = (root(&sample, "example.com/b:1"), root(&sample, "example.com/a:1"));
+        assert_eq!(sample.store.put_image(&b).unwrap(), Published::New);
+        assert_eq!(sample.store.put_image(&a).unwrap(), Published::New);
+        assert_eq!(sample.store.put_image(&a).unwrap(), Published::Present);
+        let tagged = ImageRoot { target: Some("example.com/a:1-acc".to_owned()), ..a };
+        assert_eq!(sample.store.put_image(&tagged).unwrap(), Published::Replaced);
+        let listed: Vec<ImageRoot> = sample.store.images().unwrap().into_iter().map(Result::unwrap).collect();
+        assert_eq!(listed, [tagged, b]);
+    }
+
+    #[test]
+    fn a_file_that_is_no_root_is_named_and_hides_nothing() {
+        let sample = Sample::new();
+        let good = root(&sample, "example.com/a:1");
+        sample.store.put_image(&good).unwrap();
+        let path = sample.store.dir().join(good.name().path());
+        fs::copy(&path, path.with_file_name("other.json")).unwrap();
+        fs::write(path.with_file_name("x"), b"{}").unwrap();
+        fs::write(sample.store.dir().join("images/README"), b"").unwrap();
+        let listed = sample.store.images().unwrap();
+        assert_eq!(listed[0].as_ref().unwrap(), &good);
+        let errors: Vec<String> = listed[1..].iter().map(|root| root.as_ref().unwrap_err().to_string()).collect();
+        assert!(errors.len() == 2 && errors[0].contains("other.json") && errors[1].contains("/x "), "{errors:?}");
+    }
+}
