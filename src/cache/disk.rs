@@ -26,6 +26,9 @@ pub trait Disk {
 
     /// Writes a slot of the pack's presence map at `offset` and makes it durable.
     async fn write_map(&self, pack: &Pack, offset: u64, slot: Vec<u8>) -> io::Result<()>;
+
+    /// Closes what is kept open of a pack that is not used any more.
+    fn forget(&self, pack: PackId);
 }
 
 /// The cache's file system through this thread's ring.
@@ -55,11 +58,6 @@ impl RingDisk {
         self.files.borrow_mut().insert(pack.id(), Rc::clone(&open));
         Ok(open)
     }
-
-    /// Closes this thread's files of a pack.
-    pub fn forget(&self, pack: PackId) {
-        self.files.borrow_mut().remove(&pack);
-    }
 }
 
 impl Disk for RingDisk {
@@ -85,5 +83,9 @@ impl Disk for RingDisk {
         let (result, _) = map.write_all_at(slot, offset).await;
         result?;
         map.sync_data().await
+    }
+
+    fn forget(&self, pack: PackId) {
+        self.files.borrow_mut().remove(&pack);
     }
 }

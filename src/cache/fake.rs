@@ -265,4 +265,6 @@ impl Disk for FakeDisk {
         image.map[offset as usize..][..torn].copy_from_slice(&slot[..torn]);
         fatal.map_or(Ok(()), |seed| Err(inner.crash(seed)))
     }
+
+    fn forget(&self, _pack: super::PackId) {}
 }

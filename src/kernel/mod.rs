@@ -4,6 +4,7 @@
 //! gets each answered exactly once through its [`Channel`] (invariant 8).
 
 pub mod fake;
+pub mod fscache;
 pub mod fuse_blob;
 
 use std::io::IoSlice;
@@ -37,6 +38,9 @@ pub trait Serve: Send + Sync {
 
     /// A reader touched a marked unit: time to fetch further. Never blocks.
     fn look_ahead(&self, pack: &Arc<Pack>, unit: UnitIndex);
+
+    /// A pack's file was closed by the one who opened it: nothing of it is to be kept open. Never blocks.
+    fn forget(&self, pack: &Arc<Pack>);
 
     /// Where to count.
     fn metrics(&self) -> &Arc<Metrics>;

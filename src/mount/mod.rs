@@ -4,6 +4,7 @@
 //! `direct` has them complete in the local cache; a [`Lazy`] way gets the kernel's requests and answers them. What works is found out by doing
 //! it ([`probe_file_backed`], [`PackDir::open`]), never by a version number.
 
+mod cache_objects;
 mod pack_dir;
 
 use std::fmt;
@@ -22,6 +23,7 @@ use uapi::mount::{MountError, Unmount, erofs_file_backed, erofs_fscache, unmount
 
 use crate::cache::Pack;
 
+pub use cache_objects::{CacheObjects, CacheObjectsError};
 pub use pack_dir::{Keeper, PackDir, PackDirError, Start};
 
 /// A way to mount an image.

@@ -117,7 +117,7 @@ pub fn run(config: &Config, holder: OwnedFd) -> Result<(), WorkerError> {
     let options = EngineOptions { store_dir: config.store.clone(), cache_dir: config.cache.clone(), data_threads: 0, metrics: metrics.clone() };
     let engine = Engine::start(options)?;
     let catalog = Arc::new(Catalog::new(config.store.clone(), state.clone(), TrustFiles(config.trusted_keys.clone())));
-    let backends = Backends::open(config.backend, &state, &engine, &mut kept, &holder);
+    let backends = Backends::open(config, &state, &engine, &mut kept, &holder);
     forget_unused(&holder, kept);
     let mount_dir = MountDir::open(&state.join("mounts"))?;
     let mounts = uapi::mount::mounts().map_err(process("reading the mount table"))?;
@@ -133,6 +133,7 @@ pub fn run(config: &Config, holder: OwnedFd) -> Result<(), WorkerError> {
 fn stop(running: &Running, engine: &Engine) {
     running.stop();
     engine.stop();
+    running.settle();
     tracing::info!("the worker has ended in order");
 }
 

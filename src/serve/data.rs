@@ -69,6 +69,7 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
             match job {
                 Job::Ask(ask) => self.spawn(&alive, Self::answer(Rc::clone(&self), ask, alive.clone())),
                 Job::LookAhead(pack, unit) => self.look_ahead(&pack, unit, &alive),
+                Job::Forget(pack) => self.disk.forget(pack),
                 Job::Save(packs, done) => {
                     let data = Rc::clone(&self);
                     self.spawn(&alive, async move {

@@ -25,7 +25,7 @@ use uapi::buffer::Pool;
 
 use crate::cache::disk::{Disk, RingDisk};
 use crate::cache::local::{CacheError, LocalCache};
-use crate::cache::{Pack, UnitIndex};
+use crate::cache::{Pack, PackId, UnitIndex};
 use crate::kernel::{Ask, Errno, Serve};
 use crate::metrics::Metrics;
 use crate::store::chunks::{ChunkStore, StoreHandle, UfsChunks};
@@ -99,6 +99,7 @@ pub enum ServeError {
 enum Job {
     Ask(Ask),
     LookAhead(Arc<Pack>, UnitIndex),
+    Forget(PackId),
     /// Save these packs' maps; then send.
     Save(Vec<Arc<Pack>>, sync::Sender<()>),
     Stop,
@@ -265,6 +266,13 @@ impl Serve for Engine {
 
     fn look_ahead(&self, pack: &Arc<Pack>, unit: UnitIndex) {
         self.send(Job::LookAhead(Arc::clone(pack), unit));
+    }
+
+    fn forget(&self, pack: &Arc<Pack>) {
+        for thread in &self.threads {
+            // A thread that has ended has closed everything.
+            let _ = thread.jobs.send(Job::Forget(pack.id()));
+        }
     }
 
     fn metrics(&self) -> &Arc<Metrics> {

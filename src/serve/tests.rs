@@ -221,6 +221,7 @@ fn an_ask_dropped_unanswered_is_a_panic_here_and_eio_for_the_reader() {
             assert_eq!(dropped.is_err(), cfg!(debug_assertions));
         }
         fn look_ahead(&self, _: &Arc<Pack>, _: UnitIndex) {}
+        fn forget(&self, _: &Arc<Pack>) {}
         fn metrics(&self) -> &Arc<Metrics> {
             &self.0
         }

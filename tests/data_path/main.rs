@@ -155,6 +155,8 @@ impl Serve for Doomed {
         self.taken.send(()).unwrap();
     }
     fn look_ahead(&self, _: &Arc<Pack>, _: UnitIndex) {}
+    fn forget(&self, _: &Arc<Pack>) {}
+
     fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
     }

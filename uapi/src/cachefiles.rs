@@ -15,6 +15,8 @@ use std::path::Path;
 
 use rustix::fs::SeekFrom;
 
+use crate::buffer::Buffer;
+
 /// Largest message the kernel sends (`CACHEFILES_MSG_MAX_SIZE`). A smaller buffer risks `EMSGSIZE`.
 pub const MESSAGE_MAX: usize = 1024;
 
@@ -301,6 +303,19 @@ impl Object {
         // SAFETY: this ioctl takes its argument by value and touches no memory of ours.
         let done = unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&self.fd), READ_COMPLETE, libc::c_ulong::from(id.0)) };
         if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Writes all of `data` at `offset`, both whole blocks: the file is open for direct I/O, and Linux 6.1 silently rounds an offset down
+    /// to a page. `ENOBUFS`: the cache's file system has less free than [`Limits::stop`].
+    pub fn write_at(&self, data: &Buffer, offset: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < data.len() {
+            match rustix::io::retry_on_intr(|| rustix::io::pwrite(&self.fd, &data[done..], offset + done as u64))? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                written => done += written,
+            }
+        }
+        Ok(())
     }
 
     /// `lseek(SEEK_DATA)`: the first byte at or after `offset` that is stored, `None` when there is none.

@@ -14,6 +14,7 @@
 //! | [`Registry`] | Debian's docker-registry, with its access log by digest |
 //! | [`Containerd`], [`Cri`] | a containerd of our own and the calls a kubelet would make |
 //! | [`Converter`], [`Slipwayd`] | the built converter and node daemon |
+//! | [`GuestKernel`] | Linux 6.1 as a process, for what the running kernel lacks |
 //! | [`LoopFs`] | an ext4 of its own, whose reads the kernel counts |
 //! | [`Layer`], [`Image`], [`Layout`] | OCI images made from entries |
 //! | [`TreeDigest`] | everything a user can see of a mounted tree, comparable |
@@ -24,6 +25,7 @@ mod containerd;
 mod converter;
 mod cri;
 mod daemon;
+mod guest;
 mod layer;
 mod layout;
 mod loop_fs;
@@ -39,6 +41,7 @@ pub use containerd::{Containerd, Snapshotter, View};
 pub use converter::Converter;
 pub use cri::{Cri, CriImage};
 pub use daemon::{Daemon, run, wait_until};
+pub use guest::GuestKernel;
 pub use layer::{Compression, Entry, EntryKind, Layer, LayerBlob};
 pub use layout::{BuiltImage, Image, Layout};
 pub use loop_fs::{LoopFs, drop_caches};

@@ -1,0 +1,71 @@
+//! Backend `fscache` on a kernel that has it: Linux 6.1 in a guest, the real /dev/cachefiles, one image compared file by file, and the
+//! worker killed while a reader waits.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use testbed::{Compression, Converter, Entry, GuestKernel, Image, Layer, Layout, Scratch, TreeDigest, binary, need, require, run};
+
+/// Booting takes a second and the test a few; a guest on a loaded machine gets ample more.
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// Large enough for many units, and not compressible to nothing.
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8 & 0x3f
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn layers() -> [Layer; 2] {
+    let small = (0..300).map(|i| Entry::file(&format!("etc/conf.d/{i:03}"), format!("setting = {i}\n").repeat(i % 40)));
+    let base = [
+        Entry::dir("etc").mode(0o750).owner(0, 42),
+        Entry::dir("etc/conf.d"),
+        Entry::file("usr/lib/big", noise(24 << 20, 1)).mtime(1_600_000_000, 123_456_789),
+        Entry::file("usr/lib/gone", "under a whiteout"),
+        Entry::file("usr/bin/tool", noise(300_000, 2)).mode(0o4755),
+        Entry::symlink("usr/bin/alias", "tool"),
+        Entry::hard_link("usr/bin/same", "usr/bin/tool"),
+        Entry::file("usr/share/labelled", "x").xattr("user.note", b"kept"),
+        Entry::file("usr/share/empty", ""),
+    ];
+    let top = [Entry::whiteout("usr/lib/gone"), Entry::file("usr/lib/second", noise(3 << 20, 3)), Entry::file("etc/conf.d/007", "replaced\n")];
+    [Layer::new(base.into_iter().chain(small)), Layer::new(top)]
+}
+
+#[test]
+fn an_image_over_fscache_is_the_source_also_when_the_worker_dies_in_mid_read() {
+    require!(need::root(), need::path("/usr/src/linux-source-6.1.tar.xz"), need::command("umoci"), need::command("mkfs.ext4"));
+    let guest = GuestKernel::find().expect("a guest kernel");
+    let scratch = Scratch::new("guest-fscache").expect("scratch");
+    let layout = Layout::create(&scratch.join("layout")).expect("an OCI layout");
+    let image = layers().iter().fold(Image::new(), |image, layer| image.layer(layer, Compression::Gzip));
+    let built = layout.add("latest", &image).expect("an image");
+    let tagged = format!("{}:latest", layout.path().display());
+    let (store, state, tree) = (scratch.join("store"), scratch.join("state"), scratch.join("bundle"));
+
+    let converter = Converter::new(&state);
+    converter.convert(&format!("oci:{tagged}"), &store).expect("conversion");
+    fs::copy(converter.public_key(), scratch.join("key.pub")).expect("the converter's public key");
+    run("umoci", ["unpack", "--image", &tagged, &tree.to_string_lossy()]).expect("an independent unpack");
+    std::os::unix::fs::symlink(tree.join("rootfs"), scratch.join("tree")).expect("a name for the tree");
+
+    let lister = binary("tree-digest").expect("tree-digest");
+    let expected = run(&lister.to_string_lossy(), [tree.join("rootfs")]).expect("a listing");
+    assert!(TreeDigest::of(&tree.join("rootfs")).expect("the unpacked tree").len() > 300);
+    fs::write(scratch.join("expected"), expected).expect("the listing is kept");
+
+    let init = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/fscache.sh");
+    let programs = lister.parent().expect("a directory of programs").to_string_lossy().into_owned();
+    let env = [("DIR", &*scratch.path().to_string_lossy()), ("BIN", &programs), ("CHAIN", built.top_chain()), ("BIG", "usr/lib/big")];
+    let console = guest.run(&scratch, &init, &env, LIMIT).expect("the guest runs to its end");
+
+    assert!(console.contains("guest done") && !console.contains("FAILED"), "{console}");
+    assert_eq!(console.matches("ok: ").count(), 10, "a check is missing:\n{console}");
+}
