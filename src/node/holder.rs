@@ -43,8 +43,9 @@ const FREE_RESTARTS: u32 = 5;
 /// The pause after that, doubled for each further young death …
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 
-/// … up to this: a bug that kills every worker must not keep a core busy, and its cure must not wait long.
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// … up to this: a bug that kills every worker must not keep a core busy (a start takes 50 to 100 ms of one), and readers wait no longer than
+/// they must for a worker that lives again.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// When the first workers of a fresh start end so often before any was ready, and nothing is kept for anybody, the cause is the installation
 /// (configuration, permissions): the holder ends too and the service manager reports it.
@@ -376,7 +377,7 @@ mod tests {
     #[test]
     fn pauses_begin_after_repeated_young_deaths_and_are_bounded() {
         let millis = |deaths| pause_after(deaths).as_millis();
-        for (deaths, pause) in [(0, 0), (1, 0), (5, 0), (6, 100), (7, 200), (8, 400), (11, 3200), (12, 5000), (13, 5000), (u32::MAX, 5000)] {
+        for (deaths, pause) in [(0, 0), (1, 0), (5, 0), (6, 100), (7, 200), (8, 400), (9, 800), (10, 1000), (13, 1000), (u32::MAX, 1000)] {
             assert_eq!(millis(deaths), pause, "{deaths} deaths");
         }
     }
