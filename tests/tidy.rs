@@ -66,7 +66,7 @@ fn is_test_file(path: &str, sources: &[Source]) -> bool {
     let dir = path.rsplit_once('/').map_or("", |(dir, _)| dir);
     let declares = |source: &Source| {
         let parent = [format!("{dir}/mod.rs"), format!("{dir}/lib.rs"), format!("{dir}/main.rs"), format!("{dir}.rs")].contains(&source.path);
-        parent && source.text.contains(&format!("#[cfg(test)]\nmod {module};"))
+        parent && ["mod", "pub(crate) mod"].iter().any(|word| source.text.contains(&format!("#[cfg(test)]\n{word} {module};")))
     };
     ["tests/", "benches/"].iter().any(|dir| path.starts_with(dir) || path.contains(&format!("/{dir}"))) || sources.iter().any(declares)
 }

@@ -1,16 +1,11 @@
 //! The node's side of the store: from a chain ID to verified local files.
 //!
-//! Only the catalog's own threads touch the store (invariant 3), and there are at most [`MAX_THREADS`] of them however many chains are
-//! asked for: a store that hangs holds those and nothing else. A question is a *flight*: whoever asks for a chain while its flight is
-//! under way waits for the same one, up to their own deadline; the flight goes on without them. Flights that find no free thread queue.
-//!
-//! A flight looks for a record ([`Store::find_record`]), copies what the record needs to local files, verifies it, and keeps the record
+//! Only the threads of its flights touch the store (invariant 3), see `flights`. A flight looks for a record ([`Store::find_record`]), copies what the record needs to local files, verifies it, and keeps the record
 //! itself. So a chain that was found once can be mounted again by a later process, without the store's metadata.
 
-use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use erofs::digest::Digest;
@@ -18,21 +13,13 @@ use erofs::fold::FOLD_VERSION;
 use erofs::layer::LayerTree;
 use erofs::meta::PackRef;
 
+use super::flights::Flights;
 use super::local::{Kept, LocalFiles};
+use super::lock;
 use super::wrong::{WrongRecord, check_devices, fold_image};
 use crate::oci::ChainId;
 use crate::store::record::{Found, open_record};
 use crate::store::{Payload, Sizes, Store, StoreError, TrustFiles};
-
-/// Threads that may be stuck in the store at once. A few, so that one slow answer does not hold up the others.
-pub const MAX_THREADS: usize = 4;
-
-/// Flights that may wait for a thread. A pull asks for its layers one after the other; a full queue is a store that hangs.
-const MAX_QUEUED: usize = 256;
-
-/// How long a hit is remembered. Garbage collection of a store waits this out between a tombstone and the next step; a re-check costs
-/// one directory listing, one small read and a look at each pack.
-pub const HIT_LIFETIME: Duration = Duration::from_secs(60);
 
 /// How long [`Catalog::local`] waits for files that have been lost locally. The caller is about to mount and has nothing better to do;
 /// containerd gives up on a container after some minutes.
@@ -42,6 +29,7 @@ const LOCAL_WAIT: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Catalog {
     shared: Arc<Shared>,
+    flights: Flights,
 }
 
 /// A chain's metadata image, local and verified.
@@ -73,6 +61,12 @@ pub enum CatalogError {
         chain: ChainId,
         /// The store asked.
         store: PathBuf,
+    },
+    /// Asking failed for a bug of ours, which the log tells.
+    #[error("the question about chain {chain} failed: see the log")]
+    Panicked {
+        /// The chain.
+        chain: ChainId,
     },
     /// The store cannot be used.
     #[error("chain {chain} cannot be had from the store")]
@@ -112,183 +106,62 @@ struct Shared {
     files: LocalFiles,
     /// The store as last opened. Taken out and put back, never held while the store is touched.
     store: Mutex<Option<Arc<Store>>>,
-    desk: Mutex<Desk>,
-    /// Wakes idle threads.
-    work: Condvar,
     /// One fold at a time: each holds the trees of a whole image in memory.
     folding: Mutex<()>,
-}
-
-/// What threads and callers share. Its lock is never held during I/O of any kind.
-#[derive(Debug, Default)]
-struct Desk {
-    hits: HashMap<ChainId, (Arc<Payload>, Instant)>,
-    flights: HashMap<ChainId, Arc<Flight>>,
-    queue: VecDeque<ChainId>,
-    threads: usize,
-    idle: usize,
-    closed: bool,
-}
-
-/// One question to the store.
-#[derive(Debug, Default)]
-struct Flight {
-    outcome: Mutex<Option<Result<Arc<Payload>, CatalogError>>>,
-    landed: Condvar,
-}
-
-impl Flight {
-    fn wait(&self, deadline: Instant) -> Option<Result<Arc<Payload>, CatalogError>> {
-        let mut outcome = lock(&self.outcome);
-        loop {
-            if let Some(outcome) = &*outcome {
-                return Some(outcome.clone());
-            }
-            let left = deadline.checked_duration_since(Instant::now())?;
-            outcome = self.landed.wait_timeout(outcome, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    fn land(&self, result: Result<Arc<Payload>, CatalogError>) {
-        *lock(&self.outcome) = Some(result);
-        self.landed.notify_all();
-    }
 }
 
 impl Catalog {
     /// A catalog over the store in `store` with its local files below `state`. Touches neither: a store that is missing, broken or hung
     /// now is tried again with each question (invariant 4).
     pub fn new(store: PathBuf, state: PathBuf, trust: TrustFiles) -> Catalog {
-        Catalog {
-            shared: Arc::new(Shared {
-                store_dir: store,
-                trust,
-                files: LocalFiles::new(state),
-                store: Mutex::default(),
-                desk: Mutex::default(),
-                work: Condvar::new(),
-                folding: Mutex::default(),
-            }),
-        }
+        let shared = Arc::new(Shared { store_dir: store, trust, files: LocalFiles::new(state), store: Mutex::default(), folding: Mutex::default() });
+        let fetch = shared.clone();
+        Catalog { shared, flights: Flights::new(move |chain| fetch.fetch(chain)) }
     }
 
     /// Whether `chain` can be committed: its record is trusted and, local and verified, its metadata image (a top) or layer trees (a
     /// prefix) are here. Returns by `deadline` whatever the store does (invariant 3); the fetch goes on in the background.
     pub fn known(&self, chain: &ChainId, deadline: Instant) -> Option<Arc<Payload>> {
-        match self.shared.ask(chain)? {
-            Asked::Hit(payload) => Some(payload),
-            Asked::Flight(flight) => match flight.wait(deadline) {
-                Some(Ok(payload)) => Some(payload),
-                Some(Err(error)) => {
-                    tracing::debug!(%chain, error = &error as &dyn std::error::Error, "not usable");
-                    None
-                }
-                None => {
-                    tracing::info!(%chain, store = %self.shared.store_dir.display(), "the store did not answer in time");
-                    None
-                }
-            },
+        match self.flights.ask(chain, deadline) {
+            Some(Ok(payload)) => Some(payload),
+            Some(Err(error)) => {
+                tracing::debug!(%chain, error = &error as &dyn std::error::Error, "not usable");
+                None
+            }
+            None => {
+                tracing::info!(%chain, store = %self.shared.store_dir.display(), "the store did not answer in time");
+                None
+            }
         }
     }
 
     /// The local files of a chain that was found before, also by an earlier process. Blocks: folds a prefix on first use, fetches
     /// again what has been lost locally.
     pub fn local(&self, chain: &ChainId) -> Result<LocalImage, CatalogError> {
-        if let Some(payload) = self.shared.remembered(chain)
+        if let Some(payload) = self.remembered(chain)
             && let Some(local) = self.shared.localise(&payload)?
         {
             return Ok(local);
         }
-        let payload = self.shared.fetch_again(chain)?;
+        let slow = || CatalogError::Slow { chain: *chain, store: self.shared.store_dir.clone() };
+        let payload = self.flights.ask_anew(chain, Instant::now() + LOCAL_WAIT).ok_or_else(slow)??;
         // Lost once more between the fetch and now: someone is clearing the state directory under us.
         self.shared.localise(&payload)?.ok_or_else(|| self.shared.not_in_store(chain))
     }
 
     /// Sizes of a chain that was found before, also by an earlier process. Never touches the store.
     pub fn sizes(&self, chain: &ChainId) -> Option<Sizes> {
-        self.shared.remembered(chain).map(|payload| payload.sizes)
+        self.remembered(chain).map(|payload| payload.sizes)
     }
-}
 
-impl Drop for Catalog {
-    fn drop(&mut self) {
-        lock(&self.shared.desk).closed = true;
-        self.shared.work.notify_all();
+    /// What was found of a chain, however long ago: the last hit, or the record an earlier process kept.
+    fn remembered(&self, chain: &ChainId) -> Option<Arc<Payload>> {
+        self.flights.last_hit(chain).or_else(|| self.shared.kept(chain))
     }
-}
-
-enum Asked {
-    Hit(Arc<Payload>),
-    Flight(Arc<Flight>),
 }
 
 impl Shared {
-    /// A fresh hit, or the chain's flight, started if there is none. `None`: too many are waiting.
-    fn ask(self: &Arc<Self>, chain: &ChainId) -> Option<Asked> {
-        let mut desk = lock(&self.desk);
-        if let Some((payload, since)) = desk.hits.get(chain)
-            && since.elapsed() < HIT_LIFETIME
-        {
-            return Some(Asked::Hit(payload.clone()));
-        }
-        self.flight(&mut desk, chain).map(Asked::Flight)
-    }
-
-    /// Joins or starts the chain's flight.
-    fn flight(self: &Arc<Self>, desk: &mut Desk, chain: &ChainId) -> Option<Arc<Flight>> {
-        if let Some(flight) = desk.flights.get(chain) {
-            return Some(flight.clone());
-        }
-        if desk.queue.len() >= MAX_QUEUED {
-            tracing::warn!(%chain, store = %self.store_dir.display(), "the store hangs and too many questions wait for it");
-            return None;
-        }
-        if desk.idle <= desk.queue.len() && desk.threads < MAX_THREADS {
-            let shared = self.clone();
-            let started = std::thread::Builder::new().name("catalog".to_owned()).spawn(move || shared.run());
-            match started {
-                Ok(_) => desk.threads += 1,
-                Err(error) if desk.threads == 0 => {
-                    tracing::error!(%error, "no thread for the store can be started");
-                    return None;
-                }
-                Err(_) => {}
-            }
-        }
-        let flight = Arc::new(Flight::default());
-        desk.flights.insert(*chain, flight.clone());
-        desk.queue.push_back(*chain);
-        self.work.notify_one();
-        Some(flight)
-    }
-
-    /// A thread's life.
-    fn run(&self) {
-        while let Some((chain, flight)) = self.next() {
-            let mut landing = Landing { shared: self, chain, flight, result: Err(self.not_in_store(&chain)) };
-            landing.result = self.fetch(&chain);
-        }
-    }
-
-    /// The next flight, or `None` when the catalog is gone.
-    fn next(&self) -> Option<(ChainId, Arc<Flight>)> {
-        let mut desk = lock(&self.desk);
-        loop {
-            if desk.closed {
-                desk.threads -= 1;
-                return None;
-            }
-            if let Some(chain) = desk.queue.pop_front() {
-                let flight = desk.flights.get(&chain).expect("a queued chain has its flight").clone();
-                return Some((chain, flight));
-            }
-            desk.idle += 1;
-            desk = self.work.wait(desk).unwrap_or_else(PoisonError::into_inner);
-            desk.idle -= 1;
-        }
-    }
-
-    /// Asks the store for the chain and makes what its record needs local. Runs on the catalog's threads only.
+    /// Asks the store for the chain and makes what its record needs local. Runs on the flights' threads only.
     fn fetch(&self, chain: &ChainId) -> Result<Arc<Payload>, CatalogError> {
         let (trust, errors) = self.trust.load_readable();
         for error in errors {
@@ -341,11 +214,8 @@ impl Shared {
         Ok(Arc::new(payload))
     }
 
-    /// What was found of a chain, however long ago: the hit, or the record an earlier process kept. Never touches the store.
-    fn remembered(&self, chain: &ChainId) -> Option<Arc<Payload>> {
-        if let Some((payload, _)) = lock(&self.desk).hits.get(chain) {
-            return Some(payload.clone());
-        }
+    /// The record an earlier flight kept, if a key trusted now signed it. Never touches the store.
+    fn kept(&self, chain: &ChainId) -> Option<Arc<Payload>> {
         let record = self.files.read_record(chain).ok()??;
         match open_record(&record, &self.trust.load_readable().0) {
             Ok((payload, _)) if payload.chain == *chain && payload.fold_version == FOLD_VERSION => Some(Arc::new(payload)),
@@ -355,16 +225,6 @@ impl Shared {
                 None
             }
         }
-    }
-
-    /// Asks the store although the chain may be a fresh hit: its local files are not all there.
-    fn fetch_again(self: &Arc<Self>, chain: &ChainId) -> Result<Arc<Payload>, CatalogError> {
-        let slow = || CatalogError::Slow { chain: *chain, store: self.store_dir.clone() };
-        let flight = {
-            let mut desk = lock(&self.desk);
-            self.flight(&mut desk, chain)
-        };
-        flight.ok_or_else(slow)?.wait(Instant::now() + LOCAL_WAIT).ok_or_else(slow)?
     }
 
     /// The chain's metadata image from local files alone; `None` when some are missing.
@@ -406,36 +266,6 @@ impl Shared {
     fn not_in_store(&self, chain: &ChainId) -> CatalogError {
         CatalogError::NotInStore { chain: *chain, store: self.store_dir.clone() }
     }
-}
-
-/// Lands a flight however its fetch ends, a panic included: nobody waits for a flight that is over.
-struct Landing<'a> {
-    shared: &'a Shared,
-    chain: ChainId,
-    flight: Arc<Flight>,
-    result: Result<Arc<Payload>, CatalogError>,
-}
-
-impl Drop for Landing<'_> {
-    fn drop(&mut self) {
-        let mut desk = lock(&self.shared.desk);
-        desk.flights.remove(&self.chain);
-        // Only hits are remembered; a chain the store no longer has is forgotten, so that its next question is a miss at once.
-        match &self.result {
-            Ok(payload) => drop(desk.hits.insert(self.chain, (payload.clone(), Instant::now()))),
-            Err(_) => drop(desk.hits.remove(&self.chain)),
-        }
-        if std::thread::panicking() {
-            desk.threads -= 1;
-        }
-        drop(desk);
-        self.flight.land(self.result.clone());
-    }
-}
-
-/// A panic elsewhere leaves what these locks guard in order: every change is one assignment.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -590,7 +420,7 @@ mod tests {
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         assert!(found.iter().all(|one| **one == payload));
-        assert!(lock(&catalog.shared.desk).threads <= MAX_THREADS);
+        assert!(catalog.flights.threads() <= 4);
     }
 
     /// A FUSE mount nobody serves: whoever touches it waits until the device is closed, as on a dead file server.
@@ -627,8 +457,7 @@ mod tests {
             // Far from the deadline only if the caller itself were waiting for the store.
             assert!(deadline.elapsed() < Duration::from_secs(10));
         }
-        assert_eq!(lock(&catalog.shared.desk).threads, MAX_THREADS);
-        assert!(lock(&catalog.shared.desk).queue.len() <= MAX_QUEUED);
+        assert_eq!(catalog.flights.threads(), 4);
         drop(hung);
         assert!(catalog.known(&payload.chain, patient()).is_some());
         assert!(catalog.local(&payload.chain).is_ok());
@@ -644,6 +473,6 @@ mod tests {
         let _hung = Hung::over(sample.store.dir());
         assert_eq!(catalog.local(&payload.chain).unwrap().digest, payload.metadata);
         assert_eq!(catalog.sizes(&payload.chain), Some(payload.sizes));
-        assert_eq!(lock(&catalog.shared.desk).threads, 0, "the store was not touched");
+        assert_eq!(catalog.flights.threads(), 0, "the store was not touched");
     }
 }

@@ -7,6 +7,7 @@
 //! container gets a new `direct` mount while earlier ones stay on the mount they started with.
 
 pub mod catalog;
+mod flights;
 mod local;
 pub mod mounts;
 mod release;

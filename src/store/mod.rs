@@ -48,8 +48,6 @@ pub mod publish;
 pub mod record;
 pub mod roots;
 pub mod chunks;
-#[cfg(test)]
-pub(crate) mod sample;
 
 pub use content::MAX_UNCOMPRESSED;
 pub use error::StoreError;
@@ -211,6 +209,9 @@ fn random_hex() -> String {
     aws_lc_rs::rand::fill(&mut bytes).expect("the kernel's random number generator never fails once seeded");
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+pub(crate) mod sample;
 
 #[cfg(test)]
 mod tests {
