@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use erofs::digest::Digest;
 
 use crate::cache::Pack;
+use crate::kernel::Serve;
 use crate::mount::{Lazy, Source, Way, mount_image};
 use crate::oci::ChainId;
 use crate::serve::Engine;
@@ -268,6 +269,7 @@ impl Shared {
             self.mount_dir.discard(&generation.at)?;
             return Err(error.into());
         }
+        self.engine.metrics().mounts.bump();
         tracing::info!(image = %digest, %way, at = %generation.at.display(), "mounted");
         let at = generation.at.clone();
         image.generations.push(generation);

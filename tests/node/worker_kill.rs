@@ -9,99 +9,21 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use erofs::block::UnitBits;
-use erofs::fold::{FOLD_VERSION, fold};
-use erofs::image::Checked;
-use erofs::layer::{Entry, EntryKind, LayerTree};
-use erofs::meta::{Attr, Chunk, Content, Data, Time};
-use erofs::pack::{PackWriter, encode_unit};
-use slipway::oci::{ChainId, DiffId, Sha256};
-use slipway::store::record::tool;
-use slipway::store::{Name, Payload, SigningKey, Sizes, Store};
+use slipway::oci::ChainId;
+use slipway::store::SigningKey;
 use testbed::{Scratch, Slipwayd, SlipwaydConfig, binary, need, require, run, wait_until};
+
+use crate::made_store::{FILE_LEN, Noise, content, make_store, name};
 
 const KILLS: usize = 20;
 const READERS: u64 = 8;
 /// Reads, over all readers, between a worker's first answer and its end: enough to be in the middle of fills, few enough to stay there.
 const READS_PER_LIFE: u64 = 40;
 const FILES: u64 = 48;
-/// Not a multiple of anything: tails of files and of chunks are read as well.
-const FILE_LEN: usize = 2 * 1024 * 1024 + 12_345;
 /// Longest read. Spans several units, so that one read needs several fills.
 const READ_MAX: u64 = 700 * 1024;
 /// Far more than a restart takes.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A generator of numbers that look random and are the same each time (splitmix64).
-struct Noise(u64);
-
-impl Noise {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-}
-
-/// A file's bytes. Every other one compresses, and none has eight equal bytes anywhere, so that zeros can only come from a hole.
-fn content(file: u64) -> Vec<u8> {
-    let mut noise = Noise(file);
-    let mask = if file.is_multiple_of(2) { u64::MAX } else { 0x0f0f_0f0f_0f0f_0f0f };
-    (0..FILE_LEN.div_ceil(8)).flat_map(|_| (noise.next() & mask | 1 << 60).to_le_bytes()).take(FILE_LEN).collect()
-}
-
-/// Puts an image of one layer with the files into a new store, signed by `key`.
-fn make_store(dir: &Path, key: &SigningKey) -> ChainId {
-    let store = Store::create(dir).expect("a store");
-    let bits = UnitBits::MIN;
-    let mut pack = PackWriter::new(store.temp().expect("a temporary file"), bits);
-    let mut files = Vec::new();
-    for file in 0..FILES {
-        let place = |bytes: &[u8]| {
-            let mut unit = bytes.to_vec();
-            unit.resize(bits.bytes() as usize, 0);
-            let unit = encode_unit(&unit, 1);
-            Chunk::At { pack: 0, block: pack.push(&unit, &[(unit.digest, 0, bits.blocks())]).expect("room in the pack") }
-        };
-        let chunks = content(file).chunks(bits.bytes() as usize).map(place).collect();
-        files.push(Data::Chunked { size: FILE_LEN as u64, unit_bits: bits, chunks });
-    }
-    let pack = pack.finish().expect("a pack");
-    store.publish(pack.out, &Name::Pack(pack.pack.digest)).expect("a published pack");
-
-    let attr = Attr { mode: 0o644, mtime: Time { sec: 1_700_000_000, nsec: 123_456_789 }, ..Attr::default() };
-    let node = |(file, data)| Entry { path: name(file).into_bytes(), kind: EntryKind::Node { attr: attr.clone(), content: Content::File(data) } };
-    let tree = LayerTree::new(vec![pack.pack], (0..FILES).zip(files).map(node).collect()).expect("a layer tree");
-    let folded = fold(std::slice::from_ref(&tree)).expect("a tree");
-    let packs = folded.packs.clone();
-    let image = erofs::image::write(&Checked::new(folded).expect("a valid tree"));
-
-    let diff_id = DiffId(Sha256([7; 32]));
-    let chain = ChainId(diff_id.0);
-    let (tree, _) = store.put_tree(&diff_id, &tree).expect("a published tree");
-    let (metadata, _) = store.put_metadata(&image.bytes).expect("a published image");
-    let payload = Payload {
-        chain,
-        parent: None,
-        diff_ids: vec![diff_id],
-        trees: vec![tree],
-        metadata,
-        fold_version: FOLD_VERSION,
-        packs,
-        sizes: Sizes { metadata: image.bytes.len() as u64, content: FILES * FILE_LEN as u64, inodes: FILES + 1, stored: pack.file_len },
-        top: true,
-        tool: tool(),
-        key: key.public().id(),
-    };
-    store.put_record(&payload, key).expect("a signed record");
-    chain
-}
-
-fn name(file: u64) -> String {
-    format!("file-{file:02}")
-}
 
 /// The image shown by `slipwayd mount`, until dropped.
 struct View {
@@ -184,7 +106,7 @@ fn no_read_fails_or_lies_while_workers_are_killed() {
     require!(need::root(), need::file_system("erofs"), need::file_system("overlay"), need::path("/dev/fuse"));
     let scratch = Scratch::new("worker-kill").expect("a scratch directory");
     let key = SigningKey::load_or_create(&scratch.join("key")).expect("a key");
-    let chain = make_store(&scratch.join("store"), &key);
+    let chain = make_store(&scratch.join("store"), &key, FILES);
     let expected: Vec<Vec<u8>> = (0..FILES).map(content).collect();
     let mut config = SlipwaydConfig::new(&scratch.join("store"), [scratch.join("key.pub")]);
     config.backend = "fuse-blob".into();

@@ -1,0 +1,89 @@
+//! A store with one image of one layer, made without a converter.
+
+use std::path::Path;
+
+use erofs::block::UnitBits;
+use erofs::fold::{FOLD_VERSION, fold};
+use erofs::image::Checked;
+use erofs::layer::{Entry, EntryKind, LayerTree};
+use erofs::meta::{Attr, Chunk, Content, Data, Time};
+use erofs::pack::{PackWriter, encode_unit};
+use slipway::oci::{ChainId, DiffId, Sha256};
+use slipway::store::record::tool;
+use slipway::store::{Name, Payload, SigningKey, Sizes, Store};
+
+/// Not a multiple of anything: tails of files and of chunks are read as well.
+pub const FILE_LEN: usize = 2 * 1024 * 1024 + 12_345;
+
+/// A generator of numbers that look random and are the same each time (splitmix64).
+pub struct Noise(pub u64);
+
+impl Noise {
+    /// The next number.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
+
+/// A file's bytes. Every other one compresses, and none has eight equal bytes anywhere, so that zeros can only come from a hole.
+pub fn content(file: u64) -> Vec<u8> {
+    let mut noise = Noise(file);
+    let mask = if file.is_multiple_of(2) { u64::MAX } else { 0x0f0f_0f0f_0f0f_0f0f };
+    (0..FILE_LEN.div_ceil(8)).flat_map(|_| (noise.next() & mask | 1 << 60).to_le_bytes()).take(FILE_LEN).collect()
+}
+
+/// Puts an image of one layer with so many files into a new store, signed by `key`.
+pub fn make_store(dir: &Path, key: &SigningKey, count: u64) -> ChainId {
+    let store = Store::create(dir).expect("a store");
+    let bits = UnitBits::MIN;
+    let mut pack = PackWriter::new(store.temp().expect("a temporary file"), bits);
+    let mut files = Vec::new();
+    for file in 0..count {
+        let place = |bytes: &[u8]| {
+            let mut unit = bytes.to_vec();
+            unit.resize(bits.bytes() as usize, 0);
+            let unit = encode_unit(&unit, 1);
+            Chunk::At { pack: 0, block: pack.push(&unit, &[(unit.digest, 0, bits.blocks())]).expect("room in the pack") }
+        };
+        let chunks = content(file).chunks(bits.bytes() as usize).map(place).collect();
+        files.push(Data::Chunked { size: FILE_LEN as u64, unit_bits: bits, chunks });
+    }
+    let pack = pack.finish().expect("a pack");
+    store.publish(pack.out, &Name::Pack(pack.pack.digest)).expect("a published pack");
+
+    let attr = Attr { mode: 0o644, mtime: Time { sec: 1_700_000_000, nsec: 123_456_789 }, ..Attr::default() };
+    let node = |(file, data)| Entry { path: name(file).into_bytes(), kind: EntryKind::Node { attr: attr.clone(), content: Content::File(data) } };
+    let tree = LayerTree::new(vec![pack.pack], (0..count).zip(files).map(node).collect()).expect("a layer tree");
+    let folded = fold(std::slice::from_ref(&tree)).expect("a tree");
+    let packs = folded.packs.clone();
+    let image = erofs::image::write(&Checked::new(folded).expect("a valid tree"));
+
+    let diff_id = DiffId(Sha256([7; 32]));
+    let chain = ChainId(diff_id.0);
+    let (tree, _) = store.put_tree(&diff_id, &tree).expect("a published tree");
+    let (metadata, _) = store.put_metadata(&image.bytes).expect("a published image");
+    let payload = Payload {
+        chain,
+        parent: None,
+        diff_ids: vec![diff_id],
+        trees: vec![tree],
+        metadata,
+        fold_version: FOLD_VERSION,
+        packs,
+        sizes: Sizes { metadata: image.bytes.len() as u64, content: count * FILE_LEN as u64, inodes: count + 1, stored: pack.file_len },
+        top: true,
+        tool: tool(),
+        key: key.public().id(),
+    };
+    store.put_record(&payload, key).expect("a signed record");
+    chain
+}
+
+/// A file's name.
+pub fn name(file: u64) -> String {
+    format!("file-{file:02}")
+}
