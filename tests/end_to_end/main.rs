@@ -1,7 +1,6 @@
 //! Whole-system tests: a real registry, the converter, the node daemon, a real containerd and the real kernel.
 
 mod images;
-mod survive;
 mod world;
 
 use std::fs;
@@ -148,6 +147,28 @@ fn damaged_data_is_an_io_error_and_never_wrong_bytes() {
         }
     }
     assert!(right > 0 && failed > 0, "{right} files read, {failed} failed");
+}
+
+#[test]
+fn containers_and_containerd_outlive_the_worker() {
+    require_everything!();
+    let world = World::new("outlive");
+    let (reference, built) = world.push_converted("full", &images::full());
+    let (other, other_built) = world.push_converted("other", &images::full().layer(&images::extra(), Compression::Plain));
+    let mut node = world.node();
+    node.pull(&world, &reference, &built);
+    node.containerd.ctr(&["run", "-d", "--snapshotter", "slipway", &reference, "old", "/bin/sleep", "600"]).expect("a running container");
+
+    let killed = node.slipwayd.kill_worker().expect("a worker to kill");
+    node.slipwayd.wait_ready().expect("the next worker answers");
+    assert_ne!(node.slipwayd.worker(), Some(killed));
+    // A container from before, a new one, and a pull: as if nothing had happened.
+    let exec = ["tasks", "exec", "--exec-id", "look", "old", "/bin/wc", "-c", "/data/huge"];
+    let length = (3 << 20) + (2 << 20) + (1 << 20) + 12_345;
+    assert_eq!(node.containerd.ctr(&exec).expect("the old container reads"), format!("{length} /data/huge\n"));
+    assert_eq!(node.containerd.run(&reference, "new", &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
+    assert_eq!(node.pull(&world, &other, &other_built), [""; 0]);
+    assert_same_tree(&world.plain_tree(&other, &other_built), &node.tree(&other_built));
 }
 
 #[test]
