@@ -50,7 +50,7 @@ impl Containerd {
     /// its CRI answers. Debian's `containerd` from PATH is taken, or the one in `$SLIPWAY_CONTAINERD_DIR` with its `ctr` and shim.
     pub fn start(dir: &Path, snapshotter: Snapshotter) -> Result<Containerd> {
         fs::create_dir_all(dir)?;
-        fs::write(dir.join("config.toml"), config(dir, &snapshotter)).with_context(|| format!("{} cannot be written", dir.display()))?;
+        fs::write(dir.join("config.toml"), config(dir, &snapshotter, major_version()?)).with_context(|| format!("{} cannot be written", dir.display()))?;
         let daemon = spawn(dir)?;
         let mut started = Containerd { dir: dir.to_path_buf(), snapshotter, daemon };
         started.wait_ready()?;
@@ -217,22 +217,55 @@ fn spawn(dir: &Path) -> Result<Daemon> {
 }
 
 /// containerd's defaults but for where things lie, the proxy plugin and the snapshotter's name.
-fn config(dir: &Path, snapshotter: &Snapshotter) -> String {
-    let dir = dir.display();
+fn config(dir: &Path, snapshotter: &Snapshotter, major: u32) -> String {
+    let (name, dir) = (snapshotter.name(), dir.display());
     let mut text = format!(
-        "version = 2\nroot = \"{dir}/root\"\nstate = \"{dir}/state\"\n\
+        "version = {}\nroot = \"{dir}/root\"\nstate = \"{dir}/state\"\n\
          [grpc]\n  address = \"{dir}/containerd.sock\"\n\
          [ttrpc]\n  address = \"{dir}/containerd.sock.ttrpc\"\n\
-         [plugins.\"io.containerd.internal.v1.opt\"]\n  path = \"{dir}/opt\"\n\
-         [plugins.\"io.containerd.grpc.v1.cri\"]\n  restrict_oom_score_adj = true\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".cni]\n  conf_dir = \"{dir}/cni\"\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n  snapshotter = \"{}\"\n",
-        snapshotter.name()
+         [plugins.\"io.containerd.internal.v1.opt\"]\n  path = \"{dir}/opt\"\n",
+        if major < 2 { 2 } else { 3 }
     );
     if let Snapshotter::Slipway(socket) = snapshotter {
         text += &format!("[proxy_plugins.slipway]\n  type = \"snapshot\"\n  address = \"{}\"\n", socket.display());
     }
+    if major < 2 {
+        text += &format!(
+            "[plugins.\"io.containerd.grpc.v1.cri\"]\n  restrict_oom_score_adj = true\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".cni]\n  conf_dir = \"{dir}/cni\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n  snapshotter = \"{name}\"\n"
+        );
+        return text;
+    }
+    // NRI's socket is the same for all containerds of a machine.
+    text += &format!(
+        "[plugins.\"io.containerd.nri.v1.nri\"]\n  disable = true\n\
+         [plugins.\"io.containerd.cri.v1.runtime\"]\n  restrict_oom_score_adj = true\n\
+         [plugins.\"io.containerd.cri.v1.runtime\".cni]\n  conf_dir = \"{dir}/cni\"\n\
+         [plugins.\"io.containerd.cri.v1.images\"]\n  snapshotter = \"{name}\"\n\
+         [[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  platform = \"{}\"\n  snapshotter = \"{name}\"\n",
+        platform()
+    );
     text
+}
+
+/// This machine as containerd writes it. containerd 2 pulls through its transfer service, which unpacks only for what it is told to.
+fn platform() -> String {
+    let architecture = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    format!("linux/{architecture}")
+}
+
+/// The major version of the containerd that is used: 2 and later have another configuration.
+fn major_version() -> Result<u32> {
+    // containerd github.com/containerd/containerd/v2 2.1.9 …
+    let said = output(Command::new(program("containerd")).arg("--version"))?;
+    let version = said.split_whitespace().nth(2).unwrap_or_default();
+    let major = version.trim_start_matches('v').split('.').next().unwrap_or_default();
+    major.parse().with_context(|| format!("containerd says no version: {said}"))
 }
 
 /// The shims that serve one containerd: their command line names its socket, which lies in a directory only we use.
