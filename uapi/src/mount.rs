@@ -194,7 +194,7 @@ pub fn mount_with_options(fs: &str, source: &str, at: &Path, options: &[String])
     let (flags, data) = split_options(options);
     if fs == "bind" {
         rustix::mount::mount(source, at, "", flags & (MountFlags::BIND | MountFlags::REC) | MountFlags::BIND, None)?;
-        return Ok(rustix::mount::mount_remount(at, flags - MountFlags::REC | MountFlags::BIND, c"")?);
+        return Ok(rustix::mount::mount_remount(at, (flags - MountFlags::REC) | MountFlags::BIND, c"")?);
     }
     let data = std::ffi::CString::new(data)?;
     Ok(rustix::mount::mount(source, at, fs, flags, Some(data.as_c_str()))?)

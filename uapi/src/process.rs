@@ -96,7 +96,7 @@ pub fn unblock_signals() -> io::Result<()> {
 pub fn raise_open_file_limit() -> io::Result<u64> {
     let mut limit = rustix::process::getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    rustix::process::setrlimit(Resource::Nofile, limit.clone())?;
+    rustix::process::setrlimit(Resource::Nofile, limit)?;
     Ok(limit.current.unwrap_or(u64::MAX))
 }
 
