@@ -6,4 +6,5 @@ mod trees;
 mod client;
 mod wire;
 mod races;
+mod full_disk;
 mod under_containerd;

@@ -6,12 +6,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use redb::{Database, ReadOnlyTable, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{ReadOnlyTable, ReadableTable};
 
 use crate::oci::{ChainId, Sha256};
 
+mod database;
 mod error;
 mod row;
 mod tables;
@@ -21,47 +22,42 @@ mod model;
 pub use error::LedgerError;
 pub use row::{Kind, Lineage, NewSnapshot, Removed, Row, SnapshotId, Stamp, Usage};
 
-use error::{open_error, storage_error, table_error};
+use database::LedgerFile;
+use error::{storage_error, table_error};
 use tables::{Rows, SNAPSHOTS, Tables, USERS, without_empty};
 
 /// Version of what the tables hold. A reader refuses any other.
 pub const FORMAT: u64 = 1;
 
-/// The open database.
+/// The open ledger.
 #[derive(Debug)]
 pub struct Ledger {
-    path: PathBuf,
-    database: Database,
+    file: LedgerFile,
 }
 
 impl Ledger {
     /// Opens the database at `path`, or makes an empty one there.
     pub fn open(path: &Path) -> Result<Ledger, LedgerError> {
-        let database = Database::create(path).map_err(|error| open_error(path, error))?;
-        let ledger = Ledger { path: path.to_owned(), database };
-        let transaction = ledger.database.begin_write().map_err(|error| ledger.failed(error))?;
-        tables::check_format(path, &transaction)?;
-        drop(Tables::open(path, &transaction)?);
-        transaction.commit().map_err(|error| ledger.failed(error))?;
-        Ok(ledger)
+        Ok(Ledger { file: LedgerFile::open(path)? })
     }
 
     /// The row of `key`.
     pub fn get(&self, key: &str) -> Result<Row, LedgerError> {
-        self.read()?.get(key)
+        self.read(|rows| rows.get(key))
     }
 
     /// The row of `key` and what lies below it.
     pub fn get_with_lineage(&self, key: &str) -> Result<(Row, Lineage), LedgerError> {
-        let rows = self.read()?;
-        let row = rows.get(key)?;
-        let lineage = rows.lineage(&row.parent)?;
-        Ok((row, lineage))
+        self.read(|rows| {
+            let row = rows.get(key)?;
+            let lineage = rows.lineage(&row.parent)?;
+            Ok((row, lineage))
+        })
     }
 
     /// Every snapshot with its key, in byte order of keys.
     pub fn list(&self) -> Result<Vec<(String, Row)>, LedgerError> {
-        self.read()?.all()
+        self.read(|rows| rows.all())
     }
 
     /// Adds an active snapshot or a view. `make_directory` makes the directory of
@@ -132,9 +128,12 @@ impl Ledger {
             let lineage = tables.rows.lineage(&row.parent)?;
             tables.take(key, &row)?;
             tables.set_user(&lineage, row.id, false)?;
-            if row.parent.is_empty() {
+            if row.parent.is_empty() && !parent.is_empty() {
+                if tables.rows.get(parent)?.kind != Kind::Committed {
+                    let reason = "the parent it shall get is not committed";
+                    return Err(LedgerError::FailedPrecondition { what: "commit", key: key.to_owned(), reason });
+                }
                 row.parent = parent.to_owned();
-                tables.check_parent("commit", key, parent)?;
             } else if !parent.is_empty() && parent != row.parent {
                 let reason = format!("it was prepared on {:?} and cannot move to {parent:?}", row.parent);
                 return Err(LedgerError::InvalidArgument { what: "commit", key: key.to_owned(), reason });
@@ -192,20 +191,22 @@ impl Ledger {
 
     /// Whether any active snapshot or view needs the image of `chain`.
     pub fn has_users(&self, chain: &ChainId) -> Result<bool, LedgerError> {
-        let users = self.open_read(USERS)?;
-        let mut range = users.range((chain.0.0, 0)..=(chain.0.0, u64::MAX)).map_err(|error| self.failed(error))?;
-        Ok(range.next().is_some())
+        self.read_users(|users| {
+            let mut range = users.range((chain.0.0, 0)..=(chain.0.0, u64::MAX)).map_err(|error| self.failed(error))?;
+            Ok(range.next().is_some())
+        })
     }
 
     /// The chains whose images active snapshots and views need.
     pub fn chains_in_use(&self) -> Result<BTreeSet<ChainId>, LedgerError> {
-        let users = self.open_read(USERS)?;
-        let mut chains = BTreeSet::new();
-        for entry in users.iter().map_err(|error| self.failed(error))? {
-            let (key, _) = entry.map_err(|error| self.failed(error))?;
-            chains.insert(ChainId(Sha256(key.value().0)));
-        }
-        Ok(chains)
+        self.read_users(|users| {
+            let mut chains = BTreeSet::new();
+            for entry in users.iter().map_err(|error| self.failed(error))? {
+                let (key, _) = entry.map_err(|error| self.failed(error))?;
+                chains.insert(ChainId(Sha256(key.value().0)));
+            }
+            Ok(chains)
+        })
     }
 
     /// Calls `with` with the numbers of all snapshots while nothing can change the ledger.
@@ -216,29 +217,22 @@ impl Ledger {
         })
     }
 
-    fn read(&self) -> Result<Rows<'_, ReadOnlyTable<&'static str, &'static [u8]>>, LedgerError> {
-        Ok(Rows { path: &self.path, table: self.open_read(SNAPSHOTS)? })
+    fn read<T>(&self, look: impl FnOnce(&Rows<'_, ReadOnlyTable<&'static str, &'static [u8]>>) -> Result<T, LedgerError>) -> Result<T, LedgerError> {
+        self.file.read(|transaction| {
+            let table = transaction.open_table(SNAPSHOTS).map_err(|error| table_error(self.file.path(), error))?;
+            look(&Rows { path: self.file.path(), table })
+        })
     }
 
-    fn open_read<K: redb::Key + 'static, V: redb::Value + 'static>(
-        &self,
-        table: TableDefinition<'static, K, V>,
-    ) -> Result<ReadOnlyTable<K, V>, LedgerError> {
-        let transaction = self.database.begin_read().map_err(|error| self.failed(error))?;
-        transaction.open_table(table).map_err(|error| table_error(&self.path, error))
+    fn read_users<T>(&self, look: impl FnOnce(&ReadOnlyTable<([u8; 32], u64), ()>) -> Result<T, LedgerError>) -> Result<T, LedgerError> {
+        self.file.read(|transaction| look(&transaction.open_table(USERS).map_err(|error| table_error(self.file.path(), error))?))
     }
 
     fn write<T>(&self, change: impl FnOnce(&mut Tables<'_, '_>) -> Result<T, LedgerError>) -> Result<T, LedgerError> {
-        let transaction = self.database.begin_write().map_err(|error| self.failed(error))?;
-        let mut tables = Tables::open(&self.path, &transaction)?;
-        // An error drops the transaction, which undoes what was done so far.
-        let done = change(&mut tables)?;
-        drop(tables);
-        transaction.commit().map_err(|error| self.failed(error))?;
-        Ok(done)
+        self.file.write(|transaction| change(&mut Tables::open(self.file.path(), transaction)?))
     }
 
     fn failed(&self, error: impl Into<redb::Error>) -> LedgerError {
-        storage_error(&self.path, error)
+        storage_error(self.file.path(), error)
     }
 }

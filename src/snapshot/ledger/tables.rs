@@ -9,29 +9,17 @@ use super::error::{damaged, storage_error, table_error};
 use super::{FORMAT, Kind, LedgerError, Lineage, Row, SnapshotId};
 
 /// Name of the row in [`NUMBERS`] that holds [`FORMAT`].
-const FORMAT_ROW: &str = "format";
+pub(super) const FORMAT_ROW: &str = "format";
 /// Name of the row in [`NUMBERS`] that holds the next free [`SnapshotId`].
 const NEXT_ID_ROW: &str = "next id";
 
-const NUMBERS: TableDefinition<&str, u64> = TableDefinition::new("numbers");
+pub(super) const NUMBERS: TableDefinition<&str, u64> = TableDefinition::new("numbers");
 /// containerd's key → the row as JSON.
 pub(super) const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots");
 /// (parent, child): present when the child is built on the parent.
 const CHILDREN: TableDefinition<(u64, u64), ()> = TableDefinition::new("children");
 /// (chain, snapshot): present when an active snapshot or view needs the chain's image mounted.
 pub(super) const USERS: TableDefinition<([u8; 32], u64), ()> = TableDefinition::new("users");
-
-/// Makes sure that the database is in [`FORMAT`], which a new one gets. Looks at nothing else, since another format may have other tables.
-pub(super) fn check_format(path: &Path, transaction: &WriteTransaction) -> Result<(), LedgerError> {
-    let mut numbers = transaction.open_table(NUMBERS).map_err(|error| table_error(path, error))?;
-    let found = numbers.get(FORMAT_ROW).map_err(|error| storage_error(path, error))?.map(|number| number.value());
-    match found {
-        Some(FORMAT) => Ok(()),
-        Some(found) if found > FORMAT => Err(LedgerError::Newer { path: path.to_owned(), found }),
-        Some(found) => Err(damaged(path, format!("format {found} was never written"))),
-        None => numbers.insert(FORMAT_ROW, FORMAT).map(drop).map_err(|error| storage_error(path, error)),
-    }
-}
 
 /// The rows as one transaction sees them.
 pub(super) struct Rows<'a, T> {
@@ -98,6 +86,10 @@ impl<'p, 'txn> Tables<'p, 'txn> {
             children: transaction.open_table(CHILDREN).map_err(opened)?,
             users: transaction.open_table(USERS).map_err(opened)?,
         })
+    }
+
+    pub(super) fn set_format(&mut self) -> Result<(), LedgerError> {
+        self.numbers.insert(FORMAT_ROW, FORMAT).map(drop).map_err(|error| storage_error(self.rows.path, error))
     }
 
     /// Numbers start at 1 and never come back, also not after a removal.
