@@ -27,7 +27,8 @@ pub fn base() -> Layer {
     let mut entries = vec![
         Entry::dir("bin").mtime(1_600_000_001, 0),
         Entry::file("bin/busybox", busybox).mode(0o755),
-        Entry::hard_link("bin/hard", "bin/busybox"),
+        // Unpacking a hard link sets mode and owner of the file it names.
+        Entry::hard_link("bin/hard", "bin/busybox").mode(0o755),
         Entry::dir("etc").mtime(1_600_000_002, 500),
         Entry::file("etc/motd", b"from the base\n".to_vec()),
         Entry::file("etc/removed", b"gone above\n".to_vec()),
