@@ -17,7 +17,7 @@ use slipway::store::{SigningKey, TrustFiles};
 use testbed::{Scratch, need, require, wait_until};
 use uapi::mount::{Unmount, mounts, unmount};
 
-use crate::made_store::{content, make_store, name};
+use crate::made_store::{NOTE, content, make_store, name};
 
 const FILES: u64 = 3;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -100,6 +100,7 @@ impl Worker {
 }
 
 fn assert_content(at: &Path) {
+    assert_eq!(fs::read_to_string(at.join(NOTE)).expect("the note"), NOTE);
     for file in 0..FILES {
         assert!(fs::read(at.join(name(file))).expect("a file") == content(file), "{} differs", name(file));
     }
