@@ -4,10 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-/// Where a converter on the same machine keeps its signing key unless told otherwise.
-pub const LOCAL_SIGNING_KEY: &str = "/var/lib/slipway/converter/signing.key";
-/// The public half, which a node trusts when its configuration names no key: the single-machine set-up.
-pub const LOCAL_PUBLIC_KEY: &str = "/var/lib/slipway/converter/signing.key.pub";
+/// Public half of the key that root's `erofs-convert` makes on this machine unless told otherwise. A node whose configuration names no key
+/// trusts it: the single-machine set-up.
+pub const LOCAL_PUBLIC_KEY: &str = "/var/lib/slipway-convert/key.pem.pub";
 
 const VERSION: u32 = 1;
 

@@ -112,6 +112,8 @@ impl Store {
 
     /// Opens the store in `dir`. For nodes and readers; writes nothing.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
+        // Absolute, because paths in messages and lists of temporary files outlive the working directory.
+        let dir = &std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
         let root = open_root(dir)?;
         let path = dir.join(DESCRIPTOR);
         let bytes = match open::regular(&root, Path::new(DESCRIPTOR), &path) {
