@@ -84,7 +84,7 @@ fn main() -> ExitCode {
         Command::Run => run(&config, &cli.config.config),
         Command::Worker => work(&config),
         Command::CheckConfig => {
-            println!("{}: good\n{config:#?}", cli.config.config.display());
+            print!("{}", settings(&config));
             Ok(ExitCode::SUCCESS)
         }
         Command::Mount { chain, dir } => mount_view(&config, &chain, &dir),
@@ -101,6 +101,15 @@ fn load(path: &Path) -> anyhow::Result<Config> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("the configuration file {} cannot be read: give one with --config", path.display()))?;
     Config::parse(&text).with_context(|| format!("the configuration file {} cannot be used", path.display()))
+}
+
+/// Every setting with its value, whether it was given or is a default.
+fn settings(config: &Config) -> String {
+    let Config { store, state, cache, run, socket, backend, trusted_keys, log } = config;
+    let paths = [("store", store), ("state", state), ("cache", cache), ("run", run), ("socket", socket)];
+    let mut lines: Vec<String> = paths.iter().map(|(name, path)| format!("{name} = {path:?}")).collect();
+    lines.extend([format!("backend = {backend:?}"), format!("trusted_keys = {trusted_keys:?}"), format!("log = {log:?}"), String::new()]);
+    lines.join("\n")
 }
 
 fn log_to_stderr(config: &Config) -> anyhow::Result<()> {

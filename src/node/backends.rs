@@ -63,7 +63,10 @@ impl Backends {
         let objects = objects.map(Arc::new).map_err(|why| refused.push((Way::Fscache, why))).ok();
         let packs = packs.map(|(dir, start)| (Arc::new(dir), start)).map_err(|why| refused.push((Way::FuseBlob, why))).ok();
         for (way, why) in &refused {
-            tracing::warn!(%way, why, "this backend is not used");
+            tracing::info!(%way, why, "this backend is not used");
+        }
+        if objects.is_none() && packs.is_none() {
+            tracing::warn!("no backend works here: every pull will be a plain one");
         }
         Backends { direct: file_backed.is_ok(), objects, packs, refused }
     }
