@@ -1,6 +1,6 @@
 //! Recognises readers that go through a pack in order, and says how far to fetch ahead of them. Pure.
 //!
-//! The kernel asks in small steps and never looks ahead across them, so the daemon must. A reader is sequential when it misses exactly
+//! The kernel asks in small steps and never looks ahead across them, so the daemon must. A reader is sequential when it misses
 //! where the last fetch on its behalf ended. It then gets a window after what it asked for, twice as large each time. The first unit of
 //! a window is *marked*: touching it (a hit, by then) means that the reader has arrived, and the next window is fetched while it
 //! consumes this one.
@@ -16,6 +16,10 @@ pub const FIRST_WINDOW: u64 = 256 << 10;
 
 /// Largest window. One is consumed while the next is fetched, so this covers a store of 5 ms latency at 800 MB/s.
 pub const MAX_WINDOW: u64 = 4 << 20;
+
+/// How far out of order the requests of one sequential reader may come: the kernel has several of one read under way, and several threads
+/// take them.
+const SLACK: u64 = 512 << 10;
 
 /// Readers remembered per pack. More than this many files read in turn, each in order, look like random access.
 const READERS: usize = 16;
@@ -51,7 +55,13 @@ impl Streams {
 
     /// A reader asked for `demand`, and something of it was missing.
     pub fn missed(&mut self, demand: &Range<u32>) -> Option<Window> {
-        match self.recent.iter().position(|stream| demand.contains(&stream.next)) {
+        let slack = (SLACK >> self.unit_bits.bits()).max(1) as u32;
+        let near = |stream: &Stream| {
+            let slack = if stream.window == 0 { 0 } else { slack };
+            demand.contains(&stream.next) || (stream.next.saturating_sub(slack)..=stream.next.saturating_add(slack)).contains(&demand.start)
+        };
+        match self.recent.iter().position(near) {
+            Some(at) if demand.end <= self.recent[at].next => None,
             Some(at) => {
                 self.recent[at].next = demand.end;
                 self.grow(at)
@@ -134,6 +144,12 @@ mod tests {
     #[test]
     fn a_demand_that_overlaps_the_end_of_the_last_continues_it() {
         check([(Miss(0..4), None), (Miss(3..7), Some(7..8))]);
+    }
+
+    #[test]
+    fn requests_of_a_reader_may_overtake_each_other() {
+        check([(Miss(0..1), None), (Miss(1..2), Some(2..3)), (Miss(4..5), Some(5..7)), (Miss(3..4), None), (Miss(9..10), Some(10..14))]);
+        check([(Miss(1..2), None), (Miss(0..1), None), (Miss(3..4), None), (Miss(2..3), Some(3..4))]);
     }
 
     #[test]

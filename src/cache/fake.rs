@@ -11,7 +11,7 @@ use uapi::buffer::Buffer;
 
 use super::disk::Disk;
 use super::presence::{SLOT, Saved, decode};
-use super::{Pack, PackFile, Verified};
+use super::{Pack, PackFile, PackId, Verified};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 
@@ -266,5 +266,5 @@ impl Disk for FakeDisk {
         fatal.map_or(Ok(()), |seed| Err(inner.crash(seed)))
     }
 
-    fn forget(&self, _pack: super::PackId) {}
+    fn forget(&self, _pack: PackId) {}
 }

@@ -10,6 +10,7 @@ use std::io::IoSlice;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use erofs::digest::Digest;
 use uapi::buffer::Buffer;
@@ -73,8 +74,9 @@ struct Connection {
     agreed: Mutex<Box<dyn FnMut(&Negotiated) + Send>>,
 }
 
-/// What an open of a pack answers: its pages stay in the FUSE page cache between mounts of images that share it, and the kernel reads ahead.
-const OPEN_FLAGS: u32 = fuse::OPEN_KEEP_CACHE;
+/// What an open of a pack answers: reads bypass the FUSE page cache. EROFS has one above and the local file one below, a third only costs:
+/// with it, reading 256 MiB cold through EROFS took 2.9 instead of 2.0 ms of CPU per MiB, from the local file 1.1 instead of 0.6 (6.18).
+const OPEN_FLAGS: u32 = fuse::OPEN_DIRECT_IO;
 
 /// The node of a pack.
 fn node_of(pack: &Digest) -> NodeId {
@@ -93,21 +95,19 @@ impl FuseBlob {
     /// Starts `threads` reader threads.
     pub fn serve(&self, begin: Begin, threads: usize) -> Result<(), FuseBlobError> {
         let failed = |action| move |source| FuseBlobError::Device { action, source };
-        let resend = match begin {
-            Begin::New(agreed) => {
-                *self.shared.agreed.lock().unwrap_or_else(PoisonError::into_inner) = agreed;
-                false
+        match begin {
+            Begin::New(agreed) => *self.shared.agreed.lock().unwrap_or_else(PoisonError::into_inner) = agreed,
+            // Before anything is read, so that only the predecessor's requests come again.
+            Begin::TakenOver(negotiated) if negotiated.can_resend() => {
+                self.shared.device.resend().map_err(failed("ask for unanswered requests again"))?;
             }
-            Begin::TakenOver(negotiated) => negotiated.can_resend(),
-        };
+            Begin::TakenOver(_) => tracing::warn!("this kernel cannot repeat requests; what the last worker left unanswered waits for an abort"),
+        }
         for number in 0..threads {
             let waiter = self.shared.device.waiter().map_err(failed("wait for requests"))?;
             let shared = Arc::clone(&self.shared);
             let thread = thread::Builder::new().name(format!("fuse-{number}")).spawn(move || Reader::new(shared, waiter).run());
             self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread.map_err(|source| FuseBlobError::Thread { source })?);
-        }
-        if resend {
-            self.shared.device.resend().map_err(failed("ask for unanswered requests again"))?;
         }
         Ok(())
     }
@@ -249,9 +249,12 @@ fn read(shared: &Arc<Connection>, unique: Unique, pack: &Arc<Pack>, offset: u64,
         return;
     };
     let data = &mut data[..len as usize];
+    let (metrics, asked) = (shared.serve.metrics(), Instant::now());
     if units.clone().all(|unit| pack.units().is_ready(UnitIndex(unit))) && read_ready(pack, offset, data).is_ok() {
         shared.reply(unique, Ok(&[IoSlice::new(data)]));
-        // After the reply, so that it delays no reader.
+        // The rest after the reply, so that it delays no reader.
+        metrics.asks.bump();
+        metrics.ask_time.observe(asked.elapsed());
         for unit in units.map(UnitIndex) {
             if pack.units().take_mark(unit) {
                 shared.serve.look_ahead(pack, unit);
@@ -260,8 +263,7 @@ fn read(shared: &Arc<Connection>, unique: Unique, pack: &Arc<Pack>, offset: u64,
         return;
     }
     let channel = Arc::clone(shared) as Arc<dyn Channel>;
-    let metrics = Arc::clone(shared.serve.metrics());
-    shared.serve.submit(Ask::new(Arc::clone(pack), offset, len, AskId(unique.0), channel, metrics));
+    shared.serve.submit(Ask::new(Arc::clone(pack), offset, len, AskId(unique.0), channel, Arc::clone(metrics)));
 }
 
 fn begin(shared: &Connection, init: &Init) -> [u8; 64] {
@@ -303,7 +305,3 @@ fn statfs(shared: &Connection) -> [u8; 80] {
     let packs = shared.packs.read().unwrap_or_else(PoisonError::into_inner);
     fuse::statfs_reply(packs.values().map(|pack| u64::from(pack.table().blocks())).sum(), packs.len() as u64)
 }
-
-#[cfg(test)]
-#[path = "fuse_blob_tests.rs"]
-mod tests;

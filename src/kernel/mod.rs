@@ -9,6 +9,7 @@ pub mod fuse_blob;
 
 use std::io::IoSlice;
 use std::sync::Arc;
+use std::time::Instant;
 
 pub use uapi::fuse::Errno;
 
@@ -60,13 +61,15 @@ struct Reply {
     id: AskId,
     channel: Arc<dyn Channel>,
     metrics: Arc<Metrics>,
+    asked: Instant,
     answered: bool,
 }
 
 impl Ask {
     /// An ask that will be answered through `channel`.
     pub fn new(pack: Arc<Pack>, offset: u64, len: u32, id: AskId, channel: Arc<dyn Channel>, metrics: Arc<Metrics>) -> Ask {
-        Ask { pack, offset, len, reply: Reply { id, channel, metrics, answered: false } }
+        metrics.asks.bump();
+        Ask { pack, offset, len, reply: Reply { id, channel, metrics, asked: Instant::now(), answered: false } }
     }
 
     /// The pack.
@@ -106,6 +109,7 @@ impl Ask {
             self.reply.metrics.asks_failed.bump();
         }
         self.reply.channel.answer(self.reply.id, result);
+        self.reply.metrics.ask_time.observe(self.reply.asked.elapsed());
     }
 }
 

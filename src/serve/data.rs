@@ -69,7 +69,6 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
             match job {
                 Job::Ask(ask) => self.spawn(&alive, Self::answer(Rc::clone(&self), ask, alive.clone())),
                 Job::LookAhead(pack, unit) => self.look_ahead(&pack, unit, &alive),
-                Job::Forget(pack) => self.disk.forget(pack),
                 Job::Save(packs, done) => {
                     let data = Rc::clone(&self);
                     self.spawn(&alive, async move {
@@ -81,6 +80,7 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
                         let _ = done.send(());
                     });
                 }
+                Job::Forget(pack) => self.disk.forget(pack),
                 Job::Stop => jobs.close(),
             }
         }
@@ -98,7 +98,6 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
 
     /// One ask, from claim to answer.
     async fn answer(self: Rc<Self>, ask: Ask, alive: Alive) {
-        let started = Instant::now();
         let Some(units) = ask.pack().units_in(ask.offset(), ask.len()) else {
             tracing::error!(ask = ask.id().0, offset = ask.offset(), len = ask.len(), "the kernel asked for bytes outside the pack");
             ask.answer(Err(Errno::INVAL));
@@ -117,7 +116,6 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
                 ask.answer(Err(Errno::IO));
             }
         }
-        self.metrics.ask_time.observe(started.elapsed());
     }
 
     /// Gets every unit of an ask. Everything is claimed before anything is waited for, so that what is missing is fetched together.

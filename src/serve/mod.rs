@@ -99,9 +99,10 @@ pub enum ServeError {
 enum Job {
     Ask(Ask),
     LookAhead(Arc<Pack>, UnitIndex),
-    Forget(PackId),
     /// Save these packs' maps; then send.
     Save(Vec<Arc<Pack>>, sync::Sender<()>),
+    /// Close files.
+    Forget(PackId),
     Stop,
 }
 
@@ -200,8 +201,8 @@ impl Engine {
         if let Some(pack) = self.packs().get(digest) {
             return Ok(Arc::clone(pack));
         }
-        let source = self.source.as_ref().expect("engines without a source are for tests that bring their own packs");
-        let table = source.table(digest)?;
+        let table = self.table(digest)?;
+        let source = self.source();
         // Local work only under the lock, so that one pack's files are not opened twice.
         let mut packs = self.packs();
         if let Some(pack) = packs.get(digest) {
@@ -212,9 +213,22 @@ impl Engine {
         Ok(pack)
     }
 
-    /// Takes in a pack whose file someone else opened: the kernel, or a test.
+    /// A pack's footer and unit table, verified. From the local copy, or else from the store: blocking.
+    pub fn table(&self, digest: &Digest) -> Result<PackTable, ServeError> {
+        self.source().table(digest)
+    }
+
+    /// Takes in a pack whose file someone else opened: the kernel, or a test. It takes the place of one of the same name.
     pub fn adopt(&self, pack: Arc<Pack>) {
         self.packs().insert(pack.digest(), pack);
+    }
+
+    /// Saves what is known of a pack and closes its files, once nothing refers to it any more. To be called when no backend has it
+    /// attached; blocks like [`Engine::flush`].
+    pub fn close(&self, digest: &Digest) {
+        let Some(pack) = self.packs().remove(digest) else { return };
+        self.save(vec![Arc::clone(&pack)]);
+        self.forget(&pack);
     }
 
     /// Whether every unit of the pack is in the local file and durable, so that [`Engine::local_file`] can be mounted directly.
@@ -224,15 +238,20 @@ impl Engine {
 
     /// `<cache>/serve/<digest>`: the local file with the pack's uncompressed bytes.
     pub fn local_file(&self, pack: &Digest) -> PathBuf {
-        self.source.as_ref().map(|source| source.cache.served(pack)).unwrap_or_default()
+        self.source().cache.served(pack)
     }
 
     /// Makes everything stored so far durable and its presence known to the next worker. Blocks, at most for [`DEADLINE`].
     pub fn flush(&self) {
-        let (done, flushed) = sync::channel();
         let packs = changed(&self.packs());
+        self.save(packs);
+    }
+
+    fn save(&self, packs: Vec<Arc<Pack>>) {
+        let (done, saved) = sync::channel();
         if self.threads[0].jobs.send(Job::Save(packs, done)).is_ok() {
-            let _ = flushed.recv_timeout(self.deadline);
+            // Longer than this hangs only a disk that hangs, and then there is nothing to save to.
+            let _ = saved.recv_timeout(self.deadline);
         }
     }
 
@@ -244,6 +263,10 @@ impl Engine {
         others.iter().for_each(|thread| thread.stop(self.deadline));
         self.flush();
         first.stop(self.deadline);
+    }
+
+    fn source(&self) -> &Source {
+        self.source.as_ref().expect("only tests start engines without a source, and bring their own packs")
     }
 
     fn packs(&self) -> MutexGuard<'_, HashMap<Digest, Arc<Pack>>> {
@@ -260,7 +283,6 @@ impl Engine {
 
 impl Serve for Engine {
     fn submit(&self, ask: Ask) {
-        self.metrics.asks.bump();
         self.send(Job::Ask(ask));
     }
 

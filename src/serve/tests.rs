@@ -95,6 +95,7 @@ fn however_many_ask_a_unit_is_fetched_once() {
     for id in ids {
         assert_eq!(life.kernel.wait(id), Ok(()));
     }
+    life.engine.stop();
     assert_eq!(world.store_reads(), 1);
     assert_eq!(life.engine.metrics.units_filled.get(), 1);
 }
