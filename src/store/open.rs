@@ -28,7 +28,8 @@ pub(super) fn regular(root: impl AsFd, path: &Path, shown: &Path) -> Result<File
     if FileType::from_raw_mode(fstat(&fd).map_err(error)?.st_mode) != FileType::RegularFile {
         return Err(StoreError::Foreign { path: shown.to_owned() });
     }
-    // Left on, io_uring would answer EAGAIN instead of waiting on file systems without FMODE_NOWAIT, NFS among them (io_uring/rw.c).
+    // io_uring takes a file for something else with it than without (`io_file_supports_nowait`, io_uring/rw.c): from here on it is a file
+    // like any other.
     fcntl_setfl(&fd, OFlags::empty()).map_err(error)?;
     Ok(File::from(fd))
 }

@@ -7,6 +7,8 @@
 //! - a `READ` cannot be refused. Completing it without having written makes the kernel find the hole again, and the reader gets `EIO`;
 //! - when the last copy of the device descriptor closes, the cache is dead for good. While a copy is kept, `restore` makes the kernel ask
 //!   everything unanswered again.
+//!
+//! Facts: `kernel-notes.md`, "cachefiles on-demand".
 
 use std::fs::File;
 use std::io;

@@ -2,6 +2,8 @@
 //!
 //! A message is some bytes with at most [`MAX_FDS`] descriptors; it arrives whole or not at all (`unix(7)`). Descriptors in a message that
 //! nobody has received yet are kept alive by the socket's queue, so a sender may die right after [`send`].
+//!
+//! Facts: `kernel-notes.md`, "Processes and descriptors".
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;

@@ -3,6 +3,8 @@
 //! [`Request::parse`] turns one message of the kernel into a value, the `*_reply` functions turn values into reply bodies, and
 //! [`device`] moves both over `/dev/fuse`. All integers are in host byte order, as the kernel's are. Writing operations are not decoded:
 //! the mount is read-only, so they arrive as [`Operation::Other`] if at all.
+//!
+//! Facts: `kernel-notes.md`, "FUSE".
 
 pub mod device;
 

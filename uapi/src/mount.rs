@@ -2,6 +2,8 @@
 //!
 //! Options go in one by one, so nothing has to be escaped and a mount may have any number of devices (each value at most 255 bytes,
 //! `fs/fsopen.c`). What the kernel says about a refusal is read back from the file system context and becomes part of the error.
+//!
+//! Facts: `kernel-notes.md`, "Mount API", "EROFS mounts" and "overlayfs".
 
 use std::ffi::{OsStr, OsString};
 use std::io;

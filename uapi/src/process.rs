@@ -1,4 +1,6 @@
 //! Child processes with one passed descriptor, signals as descriptors, and descriptors that a service manager kept.
+//!
+//! Facts: `kernel-notes.md`, "Processes and descriptors".
 
 use std::ffi::OsStr;
 use std::io;

@@ -2,6 +2,8 @@
 //!
 //! For descriptors whose `read` never blocks but says "nothing yet", such as `/dev/cachefiles`: one submission keeps reporting
 //! (`IORING_POLL_ADD_MULTI`, Linux 5.13) until the kernel says that it will not (`IORING_CQE_F_MORE` missing), then it is submitted again.
+//!
+//! Facts: `kernel-notes.md`, "io_uring".
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

@@ -3,6 +3,8 @@
 //! All threads share one open file. Cloned device files (`FUSE_DEV_IOC_CLONE`) would each keep their own list of requests being worked on,
 //! and closing one fails those requests (`fs/fuse/dev.c`, `fuse_dev_release`); with a single open file that a second process keeps, a
 //! server may die and its successor asks for the unanswered requests again.
+//!
+//! Facts: `kernel-notes.md`, "FUSE".
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
