@@ -204,7 +204,7 @@ impl Inner {
         self.crashed = true;
         for image in self.images.values_mut() {
             for block in std::mem::take(&mut image.unsynced) {
-                if split_mix(&mut state) % 2 == 0 {
+                if split_mix(&mut state).is_multiple_of(2) {
                     let range = block * BLOCK..(block + 1) * BLOCK;
                     image.durable[range.clone()].copy_from_slice(&image.live[range]);
                 }

@@ -108,7 +108,7 @@ fn decode_slot(pack: &Digest, units: u32, slot: &[u8]) -> Option<Saved> {
     let covered = covered.get(..BITS_OFFSET - UNITS_OFFSET + len)?;
     let right = magic == MAGIC && *name == pack.0 && u32::from_le_bytes(*slot_units) == units && crc32fast::hash(covered) == u32::from_le_bytes(*crc);
     // Bits past the last unit would count as units.
-    let tail_clear = units % 8 == 0 || present.bits.last().is_none_or(|last| last >> (units % 8) == 0);
+    let tail_clear = units.is_multiple_of(8) || present.bits.last().is_none_or(|last| last >> (units % 8) == 0);
     (right && tail_clear).then(|| Saved { generation: u64::from_le_bytes(*generation), present })
 }
 

@@ -56,11 +56,14 @@ pub enum FuseBlobError {
     },
 }
 
+/// Told what was agreed with the kernel, before the kernel is.
+pub type Agreed = Box<dyn FnMut(&Negotiated) + Send>;
+
 /// How the connection began.
 pub enum Begin {
     /// A new mount: the kernel's INIT is to be answered. The function gets what was agreed, before the answer goes out; whoever keeps the
     /// descriptor keeps this with it.
-    New(Box<dyn FnMut(&Negotiated) + Send>),
+    New(Agreed),
     /// A connection taken over: what was agreed at its start. Unanswered requests are asked for again when serving starts.
     TakenOver(Negotiated),
 }
@@ -71,7 +74,7 @@ struct Connection {
     serve: Arc<dyn Serve>,
     /// Read by every request, written when an image is mounted or unmounted.
     packs: RwLock<BTreeMap<NodeId, Arc<Pack>>>,
-    agreed: Mutex<Box<dyn FnMut(&Negotiated) + Send>>,
+    agreed: Mutex<Agreed>,
 }
 
 /// What an open of a pack answers: reads bypass the FUSE page cache. EROFS has one above and the local file one below, a third only costs:

@@ -247,9 +247,8 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
         tracing::error!(pack = %pack.digest(), unit = unit.0, "the cache lost or damaged a unit; fetching it again. Check the cache's disk");
         self.metrics.units_damaged.bump();
         fill.not_cached();
-        for run in plan::runs(pack.table(), [unit]) {
-            return Self::fetch_run(Rc::clone(&self), pack, run, vec![fill], urgency).await;
-        }
+        let run = plan::runs(pack.table(), [unit]).into_iter().next().expect("a unit makes a run");
+        Self::fetch_run(Rc::clone(&self), pack, run, vec![fill], urgency).await;
     }
 
     /// Fills the units of one run, trying again what did not come or came damaged.
