@@ -131,4 +131,3 @@ fn removed(path: &Path) -> io::Result<()> {
 fn at<T>(path: &Path, action: &'static str, result: io::Result<T>) -> Result<T, CacheError> {
     result.map_err(|source| CacheError { action, path: path.to_owned(), source })
 }
-

@@ -34,7 +34,9 @@ const METADATA_STEP: usize = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum FscacheError {
     /// The device cannot be opened or set up.
-    #[error("cannot {action}; on-demand cachefiles need Linux 5.19 to 7.1 with CONFIG_CACHEFILES_ONDEMAND, root, a cache directory on ext4 or XFS, and no other daemon using /dev/cachefiles")]
+    #[error(
+        "cannot {action}; on-demand cachefiles need Linux 5.19 to 7.1 with CONFIG_CACHEFILES_ONDEMAND, root, a cache directory on ext4 or XFS, and no other daemon using /dev/cachefiles"
+    )]
     Device {
         /// What was tried.
         action: String,
@@ -115,7 +117,10 @@ impl Fscache {
         }
         let ring = self.inner.device.try_clone_fd().and_then(PollRing::new).map_err(failed("watch /dev/cachefiles with io_uring"))?;
         let inner = Arc::clone(&self.inner);
-        thread::Builder::new().name("fscache".into()).spawn(move || inner.read_loop(ring)).map_err(failed("start the reader thread of /dev/cachefiles"))?;
+        thread::Builder::new()
+            .name("fscache".into())
+            .spawn(move || inner.read_loop(ring))
+            .map_err(failed("start the reader thread of /dev/cachefiles"))?;
         Ok(())
     }
 

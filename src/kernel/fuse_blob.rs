@@ -191,16 +191,14 @@ impl Reader {
     fn run(mut self) {
         loop {
             match self.shared.device.receive(&self.waiter, &mut self.message) {
-                Ok(Received::Message(len)) => {
-                    match Request::parse(&self.message[..len]) {
-                        Ok(request) => serve_one(&self.shared, &request, &mut self.data),
-                        Err(error @ BadRequest::Body { unique, .. }) => {
-                            tracing::error!(%error);
-                            self.shared.reply(unique, Err(Errno::INVAL));
-                        }
-                        Err(error @ BadRequest::NoHeader { .. }) => tracing::error!(%error),
+                Ok(Received::Message(len)) => match Request::parse(&self.message[..len]) {
+                    Ok(request) => serve_one(&self.shared, &request, &mut self.data),
+                    Err(error @ BadRequest::Body { unique, .. }) => {
+                        tracing::error!(%error);
+                        self.shared.reply(unique, Err(Errno::INVAL));
                     }
-                }
+                    Err(error @ BadRequest::NoHeader { .. }) => tracing::error!(%error),
+                },
                 Ok(Received::Stopped | Received::Gone) => return,
                 Err(errno) => {
                     tracing::error!(%errno, "cannot read FUSE requests; this thread ends and the mount's readers will wait for the next worker");

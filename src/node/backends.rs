@@ -122,7 +122,12 @@ impl Running {
     }
 }
 
-fn open_cache_objects(cache: &Path, engine: &Arc<Engine>, kept: &mut KeptByName, holder: &Arc<HolderLink>) -> Result<CacheObjects, CacheObjectsError> {
+fn open_cache_objects(
+    cache: &Path,
+    engine: &Arc<Engine>,
+    kept: &mut KeptByName,
+    holder: &Arc<HolderLink>,
+) -> Result<CacheObjects, CacheObjectsError> {
     let name = FdName::new(CACHEFILES).expect("the constant is a name");
     let device = kept.remove(&name).map(|(fd, _)| Device::from_kept(fd));
     let holder = holder.clone();
@@ -134,9 +139,9 @@ fn open_cache_objects(cache: &Path, engine: &Arc<Engine>, kept: &mut KeptByName,
 fn attach_objects<'a>(objects: &CacheObjects, engine: &Arc<Engine>, mounted: impl Iterator<Item = (&'a Digest, &'a Mounted)>) {
     for (digest, image) in mounted {
         let packs: Result<Vec<_>, _> = image.packs.iter().map(|pack| engine.pack(pack)).collect();
-        let attached = packs.map_err(|error| one_line(&error)).and_then(|packs| {
-            objects.attach(digest, &image.metadata, &packs).map_err(|error| format!("{}: {error}", image.metadata.display()))
-        });
+        let attached = packs
+            .map_err(|error| one_line(&error))
+            .and_then(|packs| objects.attach(digest, &image.metadata, &packs).map_err(|error| format!("{}: {error}", image.metadata.display())));
         if let Err(error) = attached {
             tracing::error!(image = %digest, error, "a mounted image cannot be served");
         }

@@ -303,7 +303,10 @@ impl Serve for Engine {
 }
 
 impl DataThread {
-    fn start<S: ChunkStore + 'static, D: Disk + 'static>(number: usize, data: impl FnOnce() -> Data<S, D> + Send + 'static) -> io::Result<DataThread> {
+    fn start<S: ChunkStore + 'static, D: Disk + 'static>(
+        number: usize,
+        data: impl FnOnce() -> Data<S, D> + Send + 'static,
+    ) -> io::Result<DataThread> {
         let (jobs, todo) = mpsc::unbounded_channel();
         let (end, ended) = sync::channel();
         thread::Builder::new().name(format!("data-{number}")).spawn(move || {

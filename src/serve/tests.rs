@@ -78,7 +78,9 @@ impl Life {
 fn bytes_are_right_wherever_an_ask_begins_and_ends() {
     for wants in [Wants::Bytes, Wants::Stored] {
         let life = World::new(Sample::mixed(1, 10 * UNIT as usize + 8192)).begin(wants);
-        for (offset, len) in [(0, 1), (UNIT - 1, 2), (3 * UNIT, 65_536), (5 * UNIT + 7, 200_000), (10 * UNIT, 8192), (10 * UNIT + 8191, 1), (0, 663_552)] {
+        for (offset, len) in
+            [(0, 1), (UNIT - 1, 2), (3 * UNIT, 65_536), (5 * UNIT + 7, 200_000), (10 * UNIT, 8192), (10 * UNIT + 8191, 1), (0, 663_552)]
+        {
             assert_eq!(life.read(offset, len), Ok(()), "{len} from {offset}");
         }
         assert_eq!(life.read(10 * UNIT, 8193), Err(Errno::INVAL));

@@ -238,7 +238,10 @@ mod tests {
         assert_eq!(first.capacity(), 16_384);
         first.fill(7);
         let at = first.stable_ptr();
-        let (one, two) = { let shared = first.share(); (shared.clone(), shared) };
+        let (one, two) = {
+            let shared = first.share();
+            (shared.clone(), shared)
+        };
         drop(one);
         assert_ne!(pool.get(16_384).stable_ptr(), at, "still in use by the second share");
         assert_eq!(two[9_999], 7);

@@ -50,7 +50,8 @@ impl Containerd {
     /// its CRI answers. Debian's `containerd` from PATH is taken, or the one in `$SLIPWAY_CONTAINERD_DIR` with its `ctr` and shim.
     pub fn start(dir: &Path, snapshotter: Snapshotter) -> Result<Containerd> {
         fs::create_dir_all(dir)?;
-        fs::write(dir.join("config.toml"), config(dir, &snapshotter, major_version()?)).with_context(|| format!("{} cannot be written", dir.display()))?;
+        fs::write(dir.join("config.toml"), config(dir, &snapshotter, major_version()?))
+            .with_context(|| format!("{} cannot be written", dir.display()))?;
         let daemon = spawn(dir)?;
         let mut started = Containerd { dir: dir.to_path_buf(), snapshotter, daemon };
         started.wait_ready()?;
