@@ -2,6 +2,7 @@
 //!
 //! Prints one line per measurement. "cold": nothing cached; "cached": the local file is whole, the kernel's page caches are dropped.
 
+#[allow(dead_code, reason = "the tests use the rest of it")]
 #[path = "../tests/data_path/world.rs"]
 mod world;
 
