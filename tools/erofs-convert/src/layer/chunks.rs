@@ -125,7 +125,9 @@ impl Places {
     pub fn data(&self, data: FileData) -> Data {
         let units_per_pack = (MAX_PACK_BYTES / self.unit_bits.bytes()) as u32;
         let chunk = |id: ChunkId| match self.places.get(id.0 as usize) {
-            Some(place) => Chunk::At { pack: place.unit / units_per_pack, block: place.unit % units_per_pack * self.unit_bits.blocks() + place.block },
+            Some(place) => {
+                Chunk::At { pack: place.unit / units_per_pack, block: place.unit % units_per_pack * self.unit_bits.blocks() + place.block }
+            }
             None => Chunk::Hole,
         };
         match data {

@@ -88,7 +88,9 @@ pub(super) fn member(headers: &[u8], sparse: Option<(Vec<SparseEntry>, u64)>) ->
         return malformed("it has a GNU and a PAX long name");
     }
     let mut path = long_name.or(pax.path).map_or_else(|| header_path(header), <[u8]>::to_vec);
-    if sparse.is_some() && let Some(name) = pax.sparse_name {
+    if sparse.is_some()
+        && let Some(name) = pax.sparse_name
+    {
         path = name.to_vec();
     }
     let link = long_link.or(pax.link).unwrap_or(header.link_name_bytes()).to_vec();
@@ -168,7 +170,9 @@ fn header_path(header: &Header) -> Vec<u8> {
 fn kind(header: &Header, path: &[u8], link: Vec<u8>) -> Result<MemberKind, Refusal> {
     let device = || {
         let fields = header.as_ustar();
-        let part = |field: &[u8], bits: u32| u32::try_from(number(field)?).ok().filter(|n| n >> bits == 0).ok_or(Refusal::Unsupported("a device number out of range".into()));
+        let part = |field: &[u8], bits: u32| {
+            u32::try_from(number(field)?).ok().filter(|n| n >> bits == 0).ok_or(Refusal::Unsupported("a device number out of range".into()))
+        };
         Ok(Device { major: part(&fields.dev_major, 12)?, minor: part(&fields.dev_minor, 20)? })
     };
     Ok(match header.entry_type() {
@@ -176,7 +180,9 @@ fn kind(header: &Header, path: &[u8], link: Vec<u8>) -> Result<MemberKind, Refus
         EntryType::Regular if header.as_old().linkflag == [0] && path.ends_with(b"/") => MemberKind::Dir,
         EntryType::Regular | EntryType::Continuous | EntryType::GnuSparse => MemberKind::File,
         EntryType::Link => MemberKind::Link(link),
-        EntryType::Symlink if link.is_empty() || link.len() > 4095 => return malformed("its symbolic link's target is empty or longer than 4095 bytes"),
+        EntryType::Symlink if link.is_empty() || link.len() > 4095 => {
+            return malformed("its symbolic link's target is empty or longer than 4095 bytes");
+        }
         EntryType::Symlink => MemberKind::Symlink(link),
         EntryType::Char => MemberKind::Char(device()?),
         EntryType::Block => MemberKind::Block(device()?),
@@ -282,7 +288,8 @@ impl<'a> Pax<'a> {
             return Ok(());
         }
         if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
-            let padded = base64::engine::general_purpose::STANDARD_NO_PAD.decode(value.trim_ascii_end().split(|&b| b == b'=').next().unwrap_or_default());
+            let padded =
+                base64::engine::general_purpose::STANDARD_NO_PAD.decode(value.trim_ascii_end().split(|&b| b == b'=').next().unwrap_or_default());
             let value = padded.map_err(|_| Refusal::Malformed("a LIBARCHIVE.xattr record is not base64".into()))?;
             self.libarchive_xattrs.push((percent_decoded(name), value));
             return Ok(());

@@ -49,24 +49,14 @@ impl<R: Read> Archive<R> {
         // Empty paths and odd PAX values have a meaning in Go; `header` gives them that or refuses them.
         parser.set_allow_empty_path(true);
         parser.set_ignore_pax_errors(true);
-        Archive {
-            reader,
-            parser,
-            buffer: vec![0; READ_SIZE],
-            unread: 0..0,
-            offset: 0,
-            data_left: 0,
-            padding: 0,
-            path: Vec::new(),
-            entry_offset: 0,
-        }
+        Archive { reader, parser, buffer: vec![0; READ_SIZE], unread: 0..0, offset: 0, data_left: 0, padding: 0, path: Vec::new(), entry_offset: 0 }
     }
 
     /// The next entry, skipping what was not taken of the one before. `None` at the end of the archive.
     pub fn next(&mut self) -> Result<Option<Member>, ConvertError> {
-        self.skip(self.data_left)?;
-        self.data_left = 0;
-        self.skip(std::mem::take(&mut self.padding))?;
+        let rest = std::mem::take(&mut self.data_left) + std::mem::take(&mut self.padding);
+        self.skip(rest)?;
+        self.path.clear();
         loop {
             self.entry_offset = self.offset;
             if self.at_end()? {

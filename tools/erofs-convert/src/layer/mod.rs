@@ -143,7 +143,7 @@ pub fn convert_layer(reader: impl Read, sink: &mut impl PackSink, options: &Laye
         let mut chunker = Chunker::new(options.unit_bits, feeder);
         let mut costs = Costs { budget: options.budget, entries: 0, bytes: 0, metadata: 0 };
         while let Some(member) = archive.next()? {
-            costs.add(&archive, &member)?;
+            costs.add(&archive, &member, upper.size())?;
             take(member, &mut archive, &mut upper, &mut chunker)?;
         }
         archive.drain()?;
@@ -194,7 +194,8 @@ struct Costs {
 }
 
 impl Costs {
-    fn add(&mut self, archive: &Archive<impl Read>, member: &Member) -> Result<(), ConvertError> {
+    /// Counts one more entry; `upper` is the number of names and the length of their paths that the ones before came to.
+    fn add(&mut self, archive: &Archive<impl Read>, member: &Member, upper: (u64, u64)) -> Result<(), ConvertError> {
         let size = member.sparse.as_ref().map_or(member.data_len, |(_, real_size)| *real_size);
         let link = match &member.kind {
             MemberKind::Link(target) | MemberKind::Symlink(target) => target.len() as u64,
@@ -204,11 +205,11 @@ impl Costs {
         let inline = if size <= INLINE_LIMIT { size } else { 0 };
         self.entries += 1;
         self.bytes = self.bytes.saturating_add(size);
-        self.metadata += member.path.len() as u64 + link + xattrs + inline;
+        self.metadata += link + xattrs + inline;
         for (cost, limit, what) in [
-            (self.entries, self.budget.entries, "entries"),
+            (self.entries.max(upper.0), self.budget.entries, "entries"),
             (self.bytes, self.budget.bytes, "bytes of file data"),
-            (self.metadata, self.budget.metadata, "bytes of metadata"),
+            (self.metadata + upper.1, self.budget.metadata, "bytes of metadata"),
         ] {
             if cost > limit {
                 return Err(archive.over_budget(what, limit));

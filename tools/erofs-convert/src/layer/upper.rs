@@ -36,6 +36,8 @@ struct FileId(usize);
 pub(super) struct Upper {
     dirs: Vec<Dir>,
     files: Vec<File>,
+    names: u64,
+    paths: u64,
 }
 
 #[derive(Default)]
@@ -112,7 +114,7 @@ fn clean(path: &[u8]) -> Vec<&[u8]> {
 
 impl Upper {
     pub fn new() -> Upper {
-        Upper { dirs: vec![Dir::default()], files: Vec::new() }
+        Upper { dirs: vec![Dir::default()], files: Vec::new(), names: 0, paths: 0 }
     }
 
     const ROOT: DirId = DirId(0);
@@ -131,11 +133,13 @@ impl Upper {
             if matches!(name, b"" | b"." | b"..") {
                 return malformed("it is a whiteout of no name");
             }
+            self.count(&way, name.len());
             self.white_out(parent, name);
         } else {
             if name.len() > MAX_NAME || way.iter().map(|n| n.len() + 1).sum::<usize>() + name.len() > MAX_PATH {
                 return malformed("its name is longer than 255 bytes, or its path longer than 32 KiB");
             }
+            self.count(&way, name.len());
             return Ok(Intent::Put(Place { parent, way, name: name.to_vec() }));
         }
         Ok(Intent::Done)
@@ -155,6 +159,16 @@ impl Upper {
             Put::Link(attr, target) => return self.put_link(parent, &way, name, attr, &target),
         }
         Ok(())
+    }
+
+    /// Names made so far, and the length of all their paths: what the layer tree will take, also of names that no entry lists.
+    pub fn size(&self) -> (u64, u64) {
+        (self.names, self.paths)
+    }
+
+    fn count(&mut self, way: &[Vec<u8>], name: usize) {
+        self.names += 1;
+        self.paths += way.iter().map(|n| n.len() as u64 + 1).sum::<u64>() + name as u64;
     }
 
     fn white_out(&mut self, parent: DirId, name: &[u8]) {
@@ -274,7 +288,7 @@ impl Upper {
     /// The directory at the end of the way, made with its parents where it does not exist.
     fn make_dirs(&mut self, way: &[Vec<u8>]) -> Result<DirId, Refusal> {
         let mut dir = Self::ROOT;
-        for name in way {
+        for (depth, name) in way.iter().enumerate() {
             dir = match self.dirs[dir.0].children.get(name) {
                 Some(&Child::Dir(child)) => child,
                 Some(Child::File(_) | Child::LowerLink(_)) => return malformed("what it is in is not a directory"),
@@ -283,6 +297,7 @@ impl Upper {
                     let child = DirId(self.dirs.len());
                     self.dirs.push(Dir { opaque, ..Dir::default() });
                     self.dirs[dir.0].children.insert(name.clone(), Child::Dir(child));
+                    self.count(&way[..depth], name.len());
                     child
                 }
             };
@@ -297,7 +312,7 @@ impl Upper {
 
     /// The layer's entries in path order, contents by way of `content`. The first name of a file holds it, further ones link to that.
     pub fn into_entries(self, mut content: impl FnMut(Body) -> Content) -> Vec<Entry> {
-        let Upper { dirs, files } = self;
+        let Upper { dirs, files, .. } = self;
         let mut dirs: Vec<Option<Dir>> = dirs.into_iter().map(Some).collect();
         let mut files: Vec<Option<File>> = files.into_iter().map(Some).collect();
         let mut first_name: Vec<Vec<u8>> = vec![Vec::new(); files.len()];
