@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{Entry, EntryKind, LayerError, LayerTree, MAX_NAME, MAX_PATH, path_order, split};
+use super::{Entry, EntryKind, LayerError, LayerTree, MAX_NAME, MAX_PATH, path_order, room_for_paths, split};
 use crate::meta::{Attr, Chunk, Content, Data, Device, PackRef};
 
 /// `XATTR_NAME_MAX` of `include/uapi/linux/limits.h`.
@@ -63,9 +63,11 @@ pub(super) fn order_packs(tree: &mut LayerTree) -> Result<(), LayerError> {
 pub(super) fn check(tree: &LayerTree) -> Result<(), LayerError> {
     let mut dirs: Vec<&[u8]> = vec![&[]];
     let mut used = 0;
+    let mut room = room_for_paths(tree.entries.len());
     let broken = |entry: &Entry, rule| LayerError::Entry { path: entry.path.clone(), rule };
     for (index, entry) in tree.entries.iter().enumerate() {
         check_path(&entry.path).map_err(|rule| broken(entry, rule))?;
+        room = room.checked_sub(entry.path.len()).ok_or_else(|| broken(entry, "the layer's paths are too long in all"))?;
         if index > 0 && path_order(&tree.entries[index - 1].path, &entry.path).is_ge() {
             return Err(broken(entry, "it appears twice or out of order"));
         }

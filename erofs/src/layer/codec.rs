@@ -6,7 +6,7 @@
 //! - entries: count, then for each how many bytes of the previous entry's path its own begins with, the rest of its path, a tag, and
 //!   what the tag calls for.
 
-use super::{Entry, EntryKind, LayerError, LayerTree, MAX_PATH};
+use super::{Entry, EntryKind, LayerError, LayerTree, MAX_PATH, room_for_paths};
 use crate::block::UnitBits;
 use crate::digest::Digest;
 use crate::meta::{Attr, Chunk, Content, Data, Device, PackRef, Time, Xattr};
@@ -27,11 +27,6 @@ const FIFO: u8 = 9;
 const SOCKET: u8 = 10;
 const LINK: u8 = 11;
 const WHITEOUT: u8 = 12;
-
-/// Paths share their beginnings, so few bytes can stand for long paths: all of them together may take this much memory, or 64 times the
-/// file, whichever is more. (The deepest tree a kernel lets one walk to, 4000 levels, takes 8 MiB.)
-const PATHS_AT_LEAST: usize = 64 << 20;
-const PATHS_PER_BYTE: usize = 64;
 
 pub(super) fn encode(tree: &LayerTree) -> Vec<u8> {
     let mut out = Out(MAGIC.to_vec());
@@ -145,7 +140,7 @@ impl Out {
 pub(super) fn decode(bytes: &[u8]) -> Result<LayerTree, LayerError> {
     let rest = bytes.strip_prefix(&MAGIC).and_then(|rest| rest.strip_prefix(&VERSION.to_le_bytes())).ok_or(LayerError::UnknownFormat)?;
     let mut input = In { rest };
-    input.tree(bytes.len()).map_err(|rule| LayerError::Malformed { offset: bytes.len() - input.rest.len(), rule })
+    input.tree().map_err(|rule| LayerError::Malformed { offset: bytes.len() - input.rest.len(), rule })
 }
 
 struct In<'a> {
@@ -155,15 +150,16 @@ struct In<'a> {
 type Decoded<T> = Result<T, &'static str>;
 
 impl<'a> In<'a> {
-    fn tree(&mut self, file_len: usize) -> Decoded<LayerTree> {
+    fn tree(&mut self) -> Decoded<LayerTree> {
         let mut tree = LayerTree::default();
         for _ in 0..self.count(34)? {
             let digest = Digest(self.take(32)?.try_into().expect("32 bytes"));
             tree.packs.push(PackRef { digest, blocks: self.number_32()?, unit_bits: self.unit_bits()? });
         }
-        let mut path_room = PATHS_AT_LEAST.max(file_len.saturating_mul(PATHS_PER_BYTE));
+        let count = self.count(3)?;
+        let mut room = room_for_paths(count as usize);
         let mut path: Vec<u8> = Vec::new();
-        for _ in 0..self.count(3)? {
+        for _ in 0..count {
             let shared = self.number()?;
             if shared > path.len() as u64 {
                 return Err("a path shares more with the one before than that has");
@@ -173,7 +169,7 @@ impl<'a> In<'a> {
             if path.len() > MAX_PATH {
                 return Err("a path is longer than 32 KiB");
             }
-            path_room = path_room.checked_sub(path.len()).ok_or("the paths are too long for the length of the file")?;
+            room = room.checked_sub(path.len()).ok_or("the paths are too long in all")?;
             tree.entries.push(Entry { path: path.clone(), kind: self.kind()? });
         }
         if self.rest.is_empty() { Ok(tree) } else { Err("something follows the last entry") }
@@ -388,12 +384,12 @@ mod tests {
     #[test]
     fn few_bytes_cannot_stand_for_much_memory() {
         // Every entry is the 32 KiB path before it with its last byte changed: four bytes each.
-        let mut bytes = [&b"SLWYTREE\x01\0\0\0\0"[..], &[0x80, 0x80, 1, 0, 0x80, 0x80, 2], &[b'a'; 32768], &[12]].concat();
-        for _ in 1..16384 {
+        let mut bytes = [&b"SLWYTREE\x01\0\0\0\0"[..], &[0x80, 0x20, 0, 0x80, 0x80, 2], &[b'a'; 32768], &[12]].concat();
+        for _ in 1..4096 {
             bytes.extend([0xff, 0xff, 1, 1, b'b', 12]);
         }
         let found = LayerTree::decode(&bytes).expect_err("64 MiB are passed").to_string();
-        assert!(found.contains("too long for the length"), "{found}");
+        assert!(found.contains("too long in all"), "{found}");
     }
 
     proptest! {

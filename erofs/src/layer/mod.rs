@@ -64,6 +64,13 @@ pub const MAX_PATH: usize = 32 << 10;
 /// The longest name, as everywhere in Linux (`NAME_MAX`).
 pub const MAX_NAME: usize = 255;
 
+/// What all paths together may take in a tree of so many entries. Paths share their beginnings, so few bytes of an archive or a file can
+/// ask for very many of them: 64 MiB are enough for a tree as deep as [`MAX_PATH`] allows several times over, and 1 KiB per entry for
+/// anything that is large because it has many entries.
+fn room_for_paths(entries: usize) -> usize {
+    (64 << 20) + (entries << 10)
+}
+
 /// A layer tree that breaks a rule, or bytes that are not one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LayerError {

@@ -1,0 +1,175 @@
+//! File data to chunks: cut, compared with zeros and with what the layer already has, placed into units.
+
+use std::collections::HashMap;
+use std::io::Read;
+
+use erofs::block::{BLOCK_SIZE, UnitBits};
+use erofs::digest::Digest;
+use erofs::meta::{Chunk, Data};
+use erofs::pack::{MAX_PACK_BYTES, PlacedUnit, Placer};
+
+use super::ConvertError;
+use super::compress::{Feeder, Unit};
+use super::intake::Archive;
+
+/// Files up to this size are kept in the metadata image itself. In a pack even one byte takes a 4 KiB block of a unit and 8 bytes of chunk
+/// index, and a request of its own to read; in the image it comes along with the inode, whose block (of 4 KiB, with dozens of inodes) is
+/// read anyway. Beyond a few hundred bytes the image, which must be local before a container starts, would grow for data nobody may want.
+pub const INLINE_LIMIT: u64 = 256;
+
+/// Number of a chunk in the order the layer first has them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct ChunkId(u32);
+
+/// All zeros.
+const HOLE: ChunkId = ChunkId(u32::MAX);
+
+/// The data of one file.
+pub(super) enum FileData {
+    Inline(Vec<u8>),
+    Chunked { size: u64, ids: Vec<ChunkId> },
+}
+
+/// Takes files' data and feeds units to the compressors. Per distinct chunk it remembers some 70 bytes.
+pub(super) struct Chunker<'f> {
+    unit_bits: UnitBits,
+    placer: Placer<(ChunkId, Digest)>,
+    seen: HashMap<Digest, ChunkId>,
+    places: Vec<Placed>,
+    units: u32,
+    feeder: &'f Feeder,
+}
+
+/// Where a chunk is: unit of the layer, block in the unit.
+#[derive(Clone, Copy)]
+struct Placed {
+    unit: u32,
+    block: u32,
+}
+
+/// Where every chunk of a layer is.
+pub(super) struct Places {
+    unit_bits: UnitBits,
+    places: Vec<Placed>,
+}
+
+impl<'f> Chunker<'f> {
+    pub fn new(unit_bits: UnitBits, feeder: &'f Feeder) -> Chunker<'f> {
+        Chunker { unit_bits, placer: Placer::new(unit_bits), seen: HashMap::new(), places: Vec::new(), units: 0, feeder }
+    }
+
+    /// Takes the data of a regular file, all of what the archive has for it.
+    pub fn file(&mut self, archive: &mut Archive<impl Read>, size: u64, sparse: Option<&[tar_core::SparseEntry]>) -> Result<FileData, ConvertError> {
+        let mut regions = Regions { map: sparse, next: 0 };
+        if size <= INLINE_LIMIT {
+            let bytes = regions.read(archive, 0, size as usize)?;
+            return Ok(FileData::Inline(bytes.unwrap_or_else(|| vec![0; size as usize])));
+        }
+        let unit = self.unit_bits.bytes();
+        let mut ids = Vec::with_capacity(size.div_ceil(unit) as usize);
+        let mut at = 0;
+        while at < size {
+            let len = unit.min(size - at);
+            ids.push(match regions.read(archive, at, len as usize)? {
+                Some(bytes) => self.chunk(bytes)?,
+                None => HOLE,
+            });
+            at += len;
+        }
+        Ok(FileData::Chunked { size, ids })
+    }
+
+    fn chunk(&mut self, bytes: Vec<u8>) -> Result<ChunkId, ConvertError> {
+        if is_zero(&bytes) {
+            return Ok(HOLE);
+        }
+        let digest = Digest::of_padded(&bytes, (bytes.len() as u64).next_multiple_of(BLOCK_SIZE));
+        if let Some(id) = self.seen.get(&digest) {
+            return Ok(*id);
+        }
+        let id = ChunkId(self.places.len() as u32);
+        self.seen.insert(digest, id);
+        self.places.push(Placed { unit: u32::MAX, block: 0 });
+        if let Some(unit) = self.placer.push(bytes, (id, digest)) {
+            self.send(unit)?;
+        }
+        Ok(id)
+    }
+
+    fn send(&mut self, unit: PlacedUnit<(ChunkId, Digest)>) -> Result<(), ConvertError> {
+        for piece in &unit.pieces {
+            self.places[piece.handle.0.0 as usize] = Placed { unit: self.units, block: piece.block };
+        }
+        self.units += 1;
+        // A chunk that fills its unit has the unit's digest.
+        let digest = match unit.pieces[..] {
+            [piece] if piece.blocks as u64 * BLOCK_SIZE == unit.data.len() as u64 => Some(piece.handle.1),
+            _ => None,
+        };
+        let chunks = unit.pieces.iter().map(|p| (p.handle.1, p.block, p.blocks)).collect();
+        self.feeder.send(Unit { data: unit.data, digest, chunks })
+    }
+
+    /// Sends what is left; from then on every chunk has its place.
+    pub fn finish(mut self) -> Result<Places, ConvertError> {
+        let last = std::mem::replace(&mut self.placer, Placer::new(self.unit_bits)).finish();
+        if let Some(unit) = last {
+            self.send(unit)?;
+        }
+        Ok(Places { unit_bits: self.unit_bits, places: self.places })
+    }
+}
+
+impl Places {
+    /// A file's data with its chunks in packs: every pack of the layer but the last is full.
+    pub fn data(&self, data: FileData) -> Data {
+        let units_per_pack = (MAX_PACK_BYTES / self.unit_bits.bytes()) as u32;
+        let chunk = |id: ChunkId| match self.places.get(id.0 as usize) {
+            Some(place) => {
+                Chunk::At { pack: place.unit / units_per_pack, block: place.unit % units_per_pack * self.unit_bits.blocks() + place.block }
+            }
+            None => Chunk::Hole,
+        };
+        match data {
+            FileData::Inline(bytes) => Data::Inline(bytes),
+            FileData::Chunked { size, ids } => Data::Chunked { size, unit_bits: self.unit_bits, chunks: ids.into_iter().map(chunk).collect() },
+        }
+    }
+}
+
+/// The data of a file, read front to back; of a sparse one the archive has only some regions.
+struct Regions<'a> {
+    map: Option<&'a [tar_core::SparseEntry]>,
+    next: usize,
+}
+
+impl Regions<'_> {
+    /// The `len` bytes at `at`; `None` when no region touches them.
+    fn read(&mut self, archive: &mut Archive<impl Read>, at: u64, len: usize) -> Result<Option<Vec<u8>>, ConvertError> {
+        let Some(map) = self.map else {
+            let mut bytes = vec![0; len];
+            archive.read(&mut bytes)?;
+            return Ok(Some(bytes));
+        };
+        let end = at + len as u64;
+        let mut bytes = None;
+        while let Some(region) = map.get(self.next).filter(|region| region.offset < end) {
+            let region_end = region.offset + region.length;
+            let (from, to) = (region.offset.max(at), region_end.min(end));
+            if from < to {
+                let bytes = bytes.get_or_insert_with(|| vec![0; len]);
+                archive.read(&mut bytes[(from - at) as usize..(to - at) as usize])?;
+            }
+            if region_end > end {
+                break;
+            }
+            self.next += 1;
+        }
+        Ok(bytes)
+    }
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    // In pieces, so that the compiler can use wide registers and other data is told at its first piece.
+    bytes.chunks(256).all(|piece| piece.iter().fold(0, |sum, byte| sum | byte) == 0)
+}
