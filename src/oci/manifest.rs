@@ -43,9 +43,9 @@ const LAYER_TYPES: [&str; 11] = [
 #[derive(Clone, Debug)]
 pub enum Document {
     /// Leads to manifests, one per platform.
-    Index(ImageIndex),
+    Index(Box<ImageIndex>),
     /// One platform's image.
-    Manifest(ImageManifest),
+    Manifest(Box<ImageManifest>),
 }
 
 /// Fields that tell the kinds apart. A document with the fields of both is refused: two readers could see two images in it
