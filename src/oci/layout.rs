@@ -101,7 +101,7 @@ impl Layout {
     /// The whole blob, of at most `limit` bytes, matching its digest and `size`.
     pub async fn blob_bytes(&self, what: &str, digest: Sha256, size: u64, limit: u64) -> Result<Vec<u8>, OciError> {
         let bytes = self.read(&self.blob_path(digest), limit).await?;
-        let damaged = |source| OciError::Damaged { place: self.dir.display().to_string(), what: what.to_owned(), source };
+        let damaged = |source| OciError::Damaged { place: self.dir.display().to_string(), what: what.to_owned(), source: Box::new(source) };
         verify::verify_bytes(what, digest, Some(size), &bytes).map_err(damaged)?;
         Ok(bytes)
     }

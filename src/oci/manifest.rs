@@ -44,9 +44,9 @@ const LAYER_TYPES: [&str; 11] = [
 #[expect(clippy::large_enum_variant, reason = "one at a time, on its way to being looked into")]
 pub enum Document {
     /// Leads to manifests, one per platform.
-    Index(ImageIndex),
+    Index(Box<ImageIndex>),
     /// One platform's image.
-    Manifest(ImageManifest),
+    Manifest(Box<ImageManifest>),
 }
 
 /// Fields that tell the kinds apart. A document with the fields of both is refused: two readers could see two images in it

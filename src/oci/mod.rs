@@ -107,7 +107,7 @@ pub enum OciError {
         what: String,
         /// Both digests, or both lengths.
         #[source]
-        source: VerifyError,
+        source: Box<VerifyError>,
     },
     /// The document is not what the specification says.
     #[error("{what} is malformed: {reason}; build or push the image again")]

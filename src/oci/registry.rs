@@ -95,7 +95,7 @@ impl Registry {
         let (headers, bytes) = self.document(&url, &what, ACCEPT_MANIFESTS, MAX_MANIFEST).await?;
         let announced = header(&headers, "docker-content-digest").and_then(|text| text.parse::<Sha256>().ok());
         if let Some(expected) = announced {
-            let damaged = |source| OciError::Damaged { place: self.host().to_owned(), what: what.clone(), source };
+            let damaged = |source| OciError::Damaged { place: self.host().to_owned(), what: what.clone(), source: Box::new(source) };
             verify::verify_bytes(&what, expected, None, &bytes).map_err(damaged)?;
         }
         let media_type = header(&headers, CONTENT_TYPE.as_str()).map(|t| t.split(';').next().unwrap_or(t).trim().to_owned());

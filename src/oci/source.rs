@@ -165,7 +165,7 @@ impl Source {
     }
 
     fn verify(&self, what: &str, digest: Sha256, size: Option<u64>, bytes: &[u8]) -> Result<(), OciError> {
-        let damaged = |source| OciError::Damaged { place: self.place(), what: what.to_owned(), source };
+        let damaged = |source| OciError::Damaged { place: self.place(), what: what.to_owned(), source: Box::new(source) };
         verify::verify_bytes(what, digest, size, bytes).map_err(damaged)
     }
 }

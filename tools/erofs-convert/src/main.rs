@@ -1,2 +1,97 @@
-//! x
-fn main() {}
+//! `erofs-convert`: converts OCI images into a Slipway store and looks at what is in one.
+
+mod cli;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use erofs_convert::check::{self, Differences};
+use erofs_convert::convert::{self, Context, Options, convert};
+use erofs_convert::failure::Failure;
+use erofs_convert::inspect;
+use erofs_convert::progress::Progress;
+use erofs_convert::stop;
+use slipway::oci::{OciError, Platform, Source};
+use slipway::store::Store;
+use tracing_subscriber::EnvFilter;
+
+use cli::{Cli, Command, SourceArgs};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_env("SLIPWAY_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "error: cannot start threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match run(cli.command, runtime.handle()) {
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader of our output has gone: nothing is wrong on our side.
+        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(failure) => {
+            // The exit code says it too, should nobody be reading.
+            let _ = writeln!(io::stderr(), "{}", failure.report());
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+/// The runtime only moves bytes from sockets and files to the threads that do the work.
+const RUNTIME_THREADS: usize = 2;
+
+fn run(command: Command, runtime: &tokio::runtime::Handle) -> Result<(), Failure> {
+    let stop = stop::on_signals(runtime).map_err(|source| Failure::State { path: "signal handlers".into(), source })?;
+    let progress = Progress::new();
+    let context = Context { runtime, stop: &stop, progress: &progress };
+    let (text, json) = match command {
+        Command::Convert(args) => {
+            let (source, platform) = resolve(&args.source)?;
+            let (state, key, jobs) = (args.state_dir(), args.key_file(), args.jobs());
+            let done = convert(&context, &Options { source, platform, store: args.store.store, state, key, jobs })?;
+            (convert::report::text(&done), args.output.json.then(|| convert::report::json(&done)))
+        }
+        Command::Ls { store, output } => {
+            let images = inspect::images(&Store::open(&store.store)?)?;
+            (inspect::list_text(&images), output.json.then(|| inspect::list_json(&images)))
+        }
+        Command::Show { image, store, output } => {
+            let shown = inspect::show(&Store::open(&store.store)?, &image)?;
+            (inspect::show_text(&shown), output.json.then(|| inspect::show_json(&shown)))
+        }
+        Command::Dump { image, store } => (inspect::dump(&Store::open(&store.store)?, &image)?, None),
+        Command::Check { image, source, store, output } => {
+            let store = Store::open(&store.store)?;
+            let root = inspect::find(&store, &image)?;
+            let (source, platform) = resolve(&source)?;
+            let differences = check::check(&context, &store, &root, &source, &platform)?;
+            print(&check::text(&differences), output.json.then(|| check::json(&differences)))?;
+            return verdict(root.source, &differences);
+        }
+    };
+    print(&text, json)
+}
+
+fn resolve(args: &SourceArgs) -> Result<(Source, Platform), OciError> {
+    Ok((Source::parse(&args.source, args.plain_http)?, args.platform.clone().unwrap_or_else(Platform::host)))
+}
+
+fn verdict(image: String, differences: &Differences) -> Result<(), Failure> {
+    match differences.count {
+        0 => Ok(()),
+        count => Err(Failure::Differs { image, count }),
+    }
+}
+
+fn print(text: &str, json: Option<serde_json::Value>) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    let written = match json {
+        Some(json) => writeln!(out, "{json}"),
+        None => write!(out, "{text}"),
+    };
+    written.and_then(|()| out.flush()).map_err(Failure::Output)
+}

@@ -1,0 +1,141 @@
+//! Proof that a converted image is its source: the source's layers are read again, by code that the converter does not use, and
+//! compared with the image as our reader and the packs give it back.
+
+pub mod archive;
+pub mod compare;
+mod data;
+pub mod model;
+
+use std::io;
+use std::thread::available_parallelism;
+
+use erofs::image::Image;
+use erofs::meta::Content;
+use erofs::tree::{Body, Tree};
+use serde_json::{Value, json};
+use slipway::oci::{Platform, Source, SourceImage, SourceLayer, VerifyReader};
+use slipway::store::{ImageRoot, Store};
+
+pub use compare::Differences;
+use compare::{FileToRead, compare};
+use data::{DataReader, Pack};
+use model::Model;
+
+use crate::convert::{Context, layer_failure};
+use crate::failure::Failure;
+use crate::layer::ConvertError;
+use crate::parallel::in_parallel;
+use crate::pipe;
+use crate::stop::{self, StoppableReader};
+use crate::unpack::Unpack;
+
+/// Files whose data one thread reads before it takes the next: neighbours share units.
+const FILES_AT_ONCE: usize = 500;
+
+/// Compares the image of `root` with `source`.
+pub fn check(context: &Context<'_>, store: &Store, root: &ImageRoot, source: &Source, platform: &Platform) -> Result<Differences, Failure> {
+    let image = stop::wait(context.runtime, context.stop, source.resolve(platform))??;
+    let mut differences = Differences::default();
+    if image.manifest_digest != root.manifest {
+        let what = format!("the source's manifest is {}, the image was made from {}", image.manifest_digest.oci(), root.manifest.oci());
+        differences.add(b"", what);
+    }
+    let mut model = Model::default();
+    for (i, layer) in image.layers.iter().enumerate() {
+        apply(context, source, &image, i + 1, layer, &mut model)?;
+    }
+    let tree = read_image(store, root)?;
+    context.progress.say("comparing");
+    let files = compare(&model, &tree, &mut differences);
+    compare_data(context, store, &model, &tree, files, &mut differences)?;
+    Ok(differences)
+}
+
+/// Applies one layer of the source, all digests verified.
+fn apply(context: &Context<'_>, source: &Source, image: &SourceImage, number: usize, layer: &SourceLayer, model: &mut Model) -> Result<(), Failure> {
+    let title = format!("layer {number}/{} {}", image.layers.len(), &layer.digest.to_string()[..12]);
+    let progress = context.progress.layer(title, layer.size);
+    let blob = stop::wait(context.runtime, context.stop, source.open_layer(layer))??;
+    let advance = |more| progress.advance(more);
+    let blob = StoppableReader::new(blob, context.runtime, context.stop, &advance);
+    let blob = VerifyReader::new(blob, "the layer's blob", layer.digest, Some(layer.size));
+    let failed = |source: io::Error| layer_failure(image, number, layer, ConvertError::Read { offset: 0, source });
+    let unpack = Unpack::new(blob).map_err(failed)?;
+    let (result, _) = pipe::run(unpack, |tar| {
+        let mut tar = VerifyReader::new(tar, "the layer's tar", layer.diff_id.0, None);
+        model.apply(&mut tar)?;
+        tar.drain()
+    });
+    result.map_err(failed)?;
+    progress.finish();
+    Ok(())
+}
+
+fn read_image(store: &Store, root: &ImageRoot) -> Result<Tree, Failure> {
+    let bytes = store.read_metadata(&root.metadata)?;
+    let tree = Image::open(&bytes).and_then(|image| image.to_tree());
+    tree.map_err(|source| Failure::Metadata { digest: root.metadata, source })
+}
+
+fn compare_data(
+    context: &Context<'_>,
+    store: &Store,
+    model: &Model,
+    tree: &Tree,
+    mut files: Vec<FileToRead>,
+    differences: &mut Differences,
+) -> Result<(), Failure> {
+    let packs = tree.packs.iter().map(|pack| Pack::open(store, pack)).collect::<Result<Vec<_>, _>>()?;
+    let mut parts = Vec::new();
+    while !files.is_empty() {
+        let rest = files.split_off(files.len().min(FILES_AT_ONCE));
+        parts.push(std::mem::replace(&mut files, rest));
+    }
+    let stop = context.stop.child_token();
+    let jobs = available_parallelism().map_or(1, std::num::NonZero::get);
+    let parts = in_parallel(jobs, parts, &stop, |part: Vec<FileToRead>| {
+        let mut reader = DataReader::new(&packs);
+        let (mut found, mut bytes) = (Vec::new(), 0);
+        for file in part {
+            let (model::Body::File(size, expected), Body::Content(Content::File(data))) =
+                (&model.nodes[file.node].body, &tree.inode(file.inode).body)
+            else {
+                continue;
+            };
+            bytes += size;
+            match reader.digest(data) {
+                Ok(digest) if digest == *expected => {}
+                Ok(digest) => found.push((file.path, format!("has content with BLAKE3 {expected} in the source, {digest} in the image"))),
+                Err(what) => found.push((file.path, format!("cannot be read from the store: {what}"))),
+            }
+        }
+        Ok((found, bytes))
+    })?;
+    for (found, bytes) in parts {
+        differences.bytes += bytes;
+        found.into_iter().for_each(|(path, what)| differences.add(&path, what));
+    }
+    Ok(())
+}
+
+/// The result for people: one line per difference, then a summary.
+pub fn text(differences: &Differences) -> String {
+    let mut text: String = differences.shown.iter().map(|d| format!("{}: {}\n", d.path, d.what)).collect();
+    if differences.count > differences.shown.len() {
+        text.push_str(&format!("… and {} more\n", differences.count - differences.shown.len()));
+    }
+    let size = crate::progress::bytes(differences.bytes);
+    text.push_str(&format!("{} names and {size} of file data compared, {} differences\n", differences.names, differences.count));
+    text
+}
+
+/// The result for programs.
+pub fn json(differences: &Differences) -> Value {
+    let shown = differences.shown.iter().map(|d| json!({"path": d.path, "what": d.what}));
+    json!({
+        "names": differences.names,
+        "bytes": differences.bytes,
+        "differences": differences.count,
+        "shown": shown.collect::<Vec<_>>(),
+    })
+}

@@ -1,0 +1,424 @@
+//! What the image must be: the layers' archives applied, one after another, to a tree in memory.
+//!
+//! This is a second implementation of what `layer` and `erofs::fold` do together, in another way, so that a mistake in one of them shows.
+//! Entries go straight into the merged tree; every name remembers the layer that put it there. Whiteouts and opaque markers wait
+//! until their layer has ended, and then take away what no entry of that layer put there, so that order within a layer does not matter.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+
+use erofs::digest::Digest;
+use erofs::meta::{Device, Time};
+
+use super::archive::{Archive, Member};
+
+/// As many as containerd follows on the way to an entry.
+const MAX_SYMLINKS: usize = 255;
+
+/// Number of a node.
+pub type NodeId = usize;
+
+/// The root's number.
+pub const ROOT: NodeId = 0;
+
+/// An inode.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// What it is.
+    pub body: Body,
+    /// Its attributes.
+    pub attr: Attr,
+    /// The layer that last listed it, as a directory; what is only implied keeps what it had.
+    listed: Option<usize>,
+}
+
+/// Attributes as `stat` and `listxattr` would show them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attr {
+    /// Permission bits.
+    pub mode: u16,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Modification time.
+    pub mtime: Time,
+    /// Extended attributes.
+    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+/// Kinds of inode.
+#[derive(Clone, Debug)]
+pub enum Body {
+    /// Names, each with its node and the layer that put it there or wrote below it.
+    Dir(BTreeMap<Vec<u8>, (NodeId, usize)>),
+    /// Size and BLAKE3 of all bytes.
+    File(u64, Digest),
+    /// Target.
+    Symlink(Vec<u8>),
+    /// Character device.
+    Char(Device),
+    /// Block device.
+    Block(Device),
+    /// Named pipe.
+    Fifo,
+}
+
+/// The tree so far.
+#[derive(Clone)]
+pub struct Model {
+    /// All nodes, also those that no name reaches any more.
+    pub nodes: Vec<Node>,
+    layer: usize,
+}
+
+/// What waits for the end of its layer.
+enum Removal {
+    /// This name of this directory.
+    Name(NodeId, Vec<u8>),
+    /// Everything in this directory.
+    Children(NodeId),
+}
+
+fn bad<T>(path: &[u8], what: &str) -> io::Result<T> {
+    Err(io::Error::new(io::ErrorKind::InvalidData, format!("entry \"{}\": {what}", path.escape_ascii())))
+}
+
+fn names(path: &[u8]) -> Vec<Vec<u8>> {
+    let mut names = Vec::new();
+    for name in path.split(|&b| b == b'/').filter(|name| !name.is_empty() && *name != b".") {
+        if name == b".." { drop(names.pop()) } else { names.push(name.to_vec()) }
+    }
+    names
+}
+
+impl Default for Attr {
+    /// Of directories that nothing lists.
+    fn default() -> Attr {
+        Attr { mode: 0o755, uid: 0, gid: 0, mtime: Time::default(), xattrs: BTreeMap::new() }
+    }
+}
+
+impl Default for Model {
+    fn default() -> Model {
+        Model { nodes: vec![Node { body: Body::Dir(BTreeMap::new()), attr: Attr::default(), listed: None }], layer: 0 }
+    }
+}
+
+impl Model {
+    /// Applies the next layer.
+    pub fn apply(&mut self, tar: impl Read) -> io::Result<()> {
+        self.layer += 1;
+        let below = self.clone();
+        let mut removals = Vec::new();
+        let mut archive = Archive::new(tar);
+        while let Some(member) = archive.next_member()? {
+            self.enter(&member, &mut archive, &below, &mut removals)?;
+        }
+        for removal in removals {
+            match removal {
+                Removal::Children(dir) => self.prune(dir),
+                Removal::Name(dir, name) => match self.child(dir, &name) {
+                    Some((node, layer)) if layer == self.layer => self.prune(node),
+                    _ => drop(self.children(dir).map(|children| children.remove(&name))),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self, member: &Member, archive: &mut Archive<impl Read>, below: &Model, removals: &mut Vec<Removal>) -> io::Result<()> {
+        let mut way = names(&member.path);
+        // The archive's root entry is ignored, as containerd does.
+        let Some(name) = way.pop() else { return Ok(()) };
+        let (dir, way) = self.make_dirs(&member.path, &way)?;
+        if name == b".wh..wh..opq" {
+            removals.push(Removal::Children(dir));
+        } else if name.starts_with(b".wh..wh.") {
+        } else if let Some(hidden) = name.strip_prefix(b".wh.") {
+            removals.push(Removal::Name(dir, hidden.to_vec()));
+        } else if member.kind == b'1' {
+            self.link(member, dir, &way, name, below)?;
+        } else if member.kind == b'5' {
+            self.directory(dir, name, attr_of(member));
+        } else {
+            let body = match member.kind {
+                b'0' => {
+                    let mut hasher = blake3::Hasher::new();
+                    archive.data(member.size, |piece| {
+                        hasher.update(piece);
+                    })?;
+                    Body::File(member.size, Digest(*hasher.finalize().as_bytes()))
+                }
+                b'2' => Body::Symlink(member.link.clone()),
+                // To overlayfs this is a whiteout.
+                b'3' if member.device == (Device { major: 0, minor: 0 }) => {
+                    self.children(dir).map(|children| children.remove(&name));
+                    return Ok(());
+                }
+                b'3' => Body::Char(member.device),
+                b'4' => Body::Block(member.device),
+                b'6' => Body::Fifo,
+                _ => return bad(&member.path, "an entry of an unknown type"),
+            };
+            let node = self.add(Node { body, attr: attr_of(member), listed: None });
+            self.name(dir, name, node);
+        }
+        Ok(())
+    }
+
+    fn directory(&mut self, dir: NodeId, name: Vec<u8>, attr: Attr) {
+        let layer = self.layer;
+        let node = match self.child(dir, &name) {
+            Some((node, _)) if self.is_dir(node) => node,
+            _ => self.add(Node { body: Body::Dir(BTreeMap::new()), attr: Attr::default(), listed: None }),
+        };
+        let old = &mut self.nodes[node];
+        // Listed twice in one layer: the later entry's attributes, and the extended ones of both.
+        let kept = if old.listed == Some(layer) { std::mem::take(&mut old.attr.xattrs) } else { BTreeMap::new() };
+        *old = Node { attr: merged(attr, kept), listed: Some(layer), body: std::mem::replace(&mut old.body, Body::Fifo) };
+        self.name(dir, name, node);
+    }
+
+    fn link(&mut self, member: &Member, dir: NodeId, way: &[Vec<u8>], name: Vec<u8>, below: &Model) -> io::Result<()> {
+        let (parent, last) = match member.link.iter().rposition(|&b| b == b'/') {
+            Some(slash) => (&member.link[..slash], &member.link[slash + 1..]),
+            None => (&b""[..], &member.link[..]),
+        };
+        let target_way = self.follow(&member.path, &names(parent))?;
+        if target_way == way && last == name {
+            return Ok(());
+        }
+        let own = self.walk(&target_way).and_then(|dir| self.child(dir, last)).filter(|(_, layer)| *layer == self.layer);
+        if let Some((node, _)) = own {
+            let old = &mut self.nodes[node];
+            let mut new = attr_of(member);
+            match old.body {
+                Body::Dir(_) => return bad(&member.path, "a hard link to a directory"),
+                Body::Symlink(_) => new.mode = old.attr.mode,
+                _ => {}
+            }
+            if !matches!(old.body, Body::File(..)) {
+                new.xattrs.retain(|name, _| !name.starts_with(b"user."));
+            }
+            let kept = std::mem::take(&mut old.attr.xattrs);
+            // A link to a file of a lower layer made in this layer leaves that file as it is.
+            if node < below.nodes.len() {
+                old.attr.xattrs = kept;
+            } else {
+                old.attr = merged(new, kept);
+            }
+            self.name(dir, name, node);
+            return Ok(());
+        }
+        let lower = below.resolve(&target_way).and_then(|dir| below.child(dir, last));
+        match lower {
+            Some((node, _)) if !below.is_dir(node) => self.name(dir, name, node),
+            _ => return bad(&member.path, "a hard link to nothing"),
+        }
+        Ok(())
+    }
+
+    /// The directory at the end of the way, through this layer's symbolic links, and the way there without them. Makes what is missing.
+    fn make_dirs(&mut self, path: &[u8], way: &[Vec<u8>]) -> io::Result<(NodeId, Vec<Vec<u8>>)> {
+        let way = self.follow(path, way)?;
+        let mut dir = ROOT;
+        for (depth, name) in way.iter().enumerate() {
+            let node = match self.child(dir, name) {
+                Some((node, _)) if self.is_dir(node) => node,
+                Some((_, layer)) if layer == self.layer => return bad(path, "its parent is not a directory"),
+                // Over a lower layer's symbolic link to a directory, a directory like that one.
+                Some(_) => {
+                    let like = self.resolve(&way[..=depth]).map(|node| self.nodes[node].attr.clone());
+                    self.add(Node { body: Body::Dir(BTreeMap::new()), attr: like.unwrap_or_default(), listed: None })
+                }
+                None => self.add(Node { body: Body::Dir(BTreeMap::new()), attr: Attr::default(), listed: None }),
+            };
+            self.name(dir, name.clone(), node);
+            dir = node;
+        }
+        Ok((dir, way))
+    }
+
+    /// Replaces symbolic links that this layer put on the way.
+    fn follow(&self, path: &[u8], way: &[Vec<u8>]) -> io::Result<Vec<Vec<u8>>> {
+        let own_link = |way: &[Vec<u8>]| {
+            let (last, parent) = way.split_last()?;
+            let (node, layer) = self.child(self.walk(parent)?, last)?;
+            match &self.nodes[node].body {
+                Body::Symlink(target) if layer == self.layer => Some(target),
+                _ => None,
+            }
+        };
+        follow_links(way, own_link).map_or_else(|| bad(path, "too many symbolic links"), Ok)
+    }
+
+    /// The directory at a path through whatever symbolic links there are.
+    fn resolve(&self, way: &[Vec<u8>]) -> Option<NodeId> {
+        let any_link = |way: &[Vec<u8>]| {
+            let (last, parent) = way.split_last()?;
+            match &self.nodes[self.child(self.walk(parent)?, last)?.0].body {
+                Body::Symlink(target) => Some(target),
+                _ => None,
+            }
+        };
+        self.walk(&follow_links(way, any_link)?)
+    }
+
+    /// The directory at a path without symbolic links.
+    fn walk(&self, way: &[Vec<u8>]) -> Option<NodeId> {
+        way.iter().try_fold(ROOT, |dir, name| self.child(dir, name).map(|(node, _)| node)).filter(|&node| self.is_dir(node))
+    }
+
+    /// Takes away what this layer did not put there. What stays without having been listed is a directory like any new one.
+    fn prune(&mut self, dir: NodeId) {
+        let layer = self.layer;
+        let Some(children) = self.children(dir) else { return };
+        children.retain(|_, (_, put)| *put == layer);
+        for node in children.values().map(|(node, _)| *node).collect::<Vec<_>>() {
+            if self.is_dir(node) {
+                if self.nodes[node].listed != Some(layer) {
+                    self.nodes[node].attr = Attr::default();
+                }
+                self.prune(node);
+            }
+        }
+    }
+
+    fn add(&mut self, node: Node) -> NodeId {
+        self.nodes.push(node);
+        self.nodes.len() - 1
+    }
+
+    fn name(&mut self, dir: NodeId, name: Vec<u8>, node: NodeId) {
+        let layer = self.layer;
+        self.children(dir).map(|children| children.insert(name, (node, layer)));
+    }
+
+    fn child(&self, dir: NodeId, name: &[u8]) -> Option<(NodeId, usize)> {
+        match &self.nodes[dir].body {
+            Body::Dir(children) => children.get(name).copied(),
+            _ => None,
+        }
+    }
+
+    fn children(&mut self, dir: NodeId) -> Option<&mut BTreeMap<Vec<u8>, (NodeId, usize)>> {
+        match &mut self.nodes[dir].body {
+            Body::Dir(children) => Some(children),
+            _ => None,
+        }
+    }
+
+    fn is_dir(&self, node: NodeId) -> bool {
+        matches!(self.nodes[node].body, Body::Dir(_))
+    }
+}
+
+/// Follows links from left to right; `None` when there are too many.
+fn follow_links<'a>(way: &[Vec<u8>], link_at: impl Fn(&[Vec<u8>]) -> Option<&'a Vec<u8>>) -> Option<Vec<Vec<u8>>> {
+    let mut todo: Vec<Vec<u8>> = way.iter().rev().cloned().collect();
+    let mut done: Vec<Vec<u8>> = Vec::new();
+    let mut links = 0;
+    while let Some(name) = todo.pop() {
+        match &name[..] {
+            b"" | b"." => continue,
+            b".." => drop(done.pop()),
+            _ => done.push(name),
+        }
+        if let Some(target) = link_at(&done) {
+            links += 1;
+            if links > MAX_SYMLINKS {
+                return None;
+            }
+            done.pop();
+            if target.starts_with(b"/") {
+                done.clear();
+            }
+            todo.extend(target.split(|&b| b == b'/').rev().map(<[u8]>::to_vec));
+        }
+    }
+    Some(done)
+}
+
+fn merged(mut attr: Attr, kept: BTreeMap<Vec<u8>, Vec<u8>>) -> Attr {
+    for (name, value) in kept {
+        attr.xattrs.entry(name).or_insert(value);
+    }
+    attr
+}
+
+/// An entry's attributes as a container would see them: the kernel refuses some extended attributes on some files, and containerd
+/// drops `trusted.*`.
+fn attr_of(member: &Member) -> Attr {
+    let (link, dir) = (member.kind == b'2', member.kind == b'5');
+    let visible = |name: &[u8]| match name {
+        b"system.posix_acl_access" => !link,
+        b"system.posix_acl_default" => dir,
+        _ if name.starts_with(b"user.") => matches!(member.kind, b'0' | b'1' | b'5'),
+        _ => name.starts_with(b"security."),
+    };
+    let xattrs = member.xattrs.iter().filter(|(name, _)| visible(name)).map(|(name, value)| (name.clone(), value.clone())).collect();
+    let mode = if link { 0o777 } else { member.mode };
+    Attr { mode, uid: member.uid, gid: member.gid, mtime: member.mtime, xattrs }
+}
+
+#[cfg(test)]
+mod tests {
+    use testbed::{Entry, Layer};
+
+    use super::*;
+
+    /// All paths with modes unless they are 0644 for files and 0755 for directories; files show the layer's text by its digest.
+    fn paths(model: &Model) -> Vec<String> {
+        let mut out = Vec::new();
+        let mut todo = vec![(String::new(), ROOT)];
+        while let Some((path, id)) = todo.pop() {
+            let node = &model.nodes[id];
+            if let Body::Dir(children) = &node.body {
+                todo.extend(children.iter().rev().map(|(name, (id, _))| (format!("{path}/{}", name.escape_ascii()), *id)));
+            }
+            let usual = if matches!(node.body, Body::Dir(_)) { 0o755 } else { 0o644 };
+            let mode = if node.attr.mode == usual { String::new() } else { format!(" {:o}", node.attr.mode) };
+            out.push(format!("{path}{mode}"));
+        }
+        out.split_off(1)
+    }
+
+    fn check(layers: &[&[Entry]], expected: &str) {
+        let mut model = Model::default();
+        for layer in layers {
+            model.apply(&Layer::new(layer.iter().cloned()).tar()[..]).unwrap();
+        }
+        assert_eq!(paths(&model).join(" "), expected);
+    }
+
+    #[test]
+    fn layers_are_applied_as_containers_see_them() {
+        let f = |path: &str| Entry::file(path, path);
+        let d = |path: &str| Entry::dir(path).mode(0o711);
+        let w = Entry::whiteout;
+        check(&[&[f("a"), f("b")], &[w("a")]], "/b");
+        check(&[&[d("d"), f("d/a")], &[w("d"), f("d/b")]], "/d 711 /d/b");
+        check(&[&[d("d"), f("d/a")], &[f("d/b"), w("d")]], "/d 711 /d/b");
+        check(&[&[d("d"), f("d/a")], &[w("d")], &[f("d/b")]], "/d /d/b");
+        check(&[&[d("d"), f("d/a")], &[f("d/b"), Entry::opaque("d")]], "/d 711 /d/b");
+        check(&[&[d("d"), d("d/e"), f("d/e/a")], &[f("d/e/b"), Entry::opaque("d")]], "/d 711 /d/e /d/e/b");
+        check(&[&[f("a")], &[f("a"), w("a")]], "/a");
+        check(&[&[d("d"), f("d/a")], &[f("d")]], "/d");
+        check(&[&[d("u"), f("u/a"), Entry::symlink("l", "u")], &[f("l/b")]], "/l 711 /l/b /u 711 /u/a");
+        check(&[&[d("u"), Entry::symlink("l", "u"), f("l/b")]], "/l 777 /u 711 /u/b");
+        check(&[&[f("a")], &[w("a"), Entry::hard_link("b", "a")]], "/b");
+        check(&[&[f("../../a"), f("./b/../c")]], "/a /c");
+    }
+
+    #[test]
+    fn hard_links_share_a_node() {
+        let mut model = Model::default();
+        model.apply(&Layer::new([Entry::file("a", "1"), Entry::hard_link("b", "a")]).tar()[..]).unwrap();
+        model.apply(&Layer::new([Entry::hard_link("c", "b"), Entry::whiteout("a")]).tar()[..]).unwrap();
+        let Body::Dir(children) = &model.nodes[ROOT].body else { panic!() };
+        let ids: Vec<_> = children.iter().map(|(name, (id, _))| (name.clone(), *id)).collect();
+        assert_eq!(ids.len(), 2);
+        assert_eq!(ids[0].1, ids[1].1);
+    }
+}

@@ -1,0 +1,173 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::thread::available_parallelism;
+
+use clap::{Args, Parser, Subcommand};
+use slipway::oci::Platform;
+
+/// Convert OCI images into a Slipway store, and look at what is in one.
+#[derive(Debug, Parser)]
+#[command(name = "erofs-convert", version, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 image or platform not found, 4 the registry refuses access, 5 registry or network \
+failed, 6 bytes are not what their digests say or an image differs from its source, 7 this machine cannot do it, 130 interrupted.";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Convert an image: afterwards nodes that use the store start it lazily.
+    ///
+    /// SOURCE is a registry reference (debian:12, registry.example.com:5000/team/app:1.2), oci:DIR[:TAG], or a directory that is an
+    /// OCI image layout. Layers already in the store are not downloaded again; after an interruption run the same command again.
+    Convert(Convert),
+    /// List the images in a store.
+    Ls {
+        #[command(flatten)]
+        store: StoreArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show one image: layers, packs, sizes.
+    Show {
+        /// Reference, or digest of the platform's manifest.
+        image: String,
+        #[command(flatten)]
+        store: StoreArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Print a metadata image as text, one line per inode.
+    Dump {
+        /// Reference, digest of the platform's manifest, or digest of a metadata image.
+        image: String,
+        #[command(flatten)]
+        store: StoreArgs,
+    },
+    /// Prove that a converted image is its source: reads the source's layers again and compares every file with what the store gives.
+    Check {
+        /// Reference, or digest of the platform's manifest, of the converted image.
+        image: String,
+        #[command(flatten)]
+        source: SourceArgs,
+        #[command(flatten)]
+        store: StoreArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+/// Arguments of `convert`.
+#[derive(Debug, Args)]
+pub struct Convert {
+    #[command(flatten)]
+    pub source: SourceArgs,
+    #[command(flatten)]
+    pub store: StoreArgs,
+    /// Directory for the journal and the key [default: /var/lib/slipway-convert for root, else below ~/.local/state]
+    #[arg(long, value_name = "DIR", env = "SLIPWAY_CONVERT_STATE")]
+    pub state: Option<PathBuf>,
+    /// Ed25519 key that signs what is published; made on first use, its public half in FILE.pub [default: STATE/key.pem]
+    #[arg(long, value_name = "FILE", env = "SLIPWAY_KEY")]
+    pub key: Option<PathBuf>,
+    /// Layers converted at once [default: number of processors]
+    #[arg(short, long, value_name = "N")]
+    pub jobs: Option<std::num::NonZero<usize>>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Where an image comes from.
+#[derive(Debug, Args)]
+pub struct SourceArgs {
+    /// The image's source.
+    #[arg(value_name = "SOURCE")]
+    pub source: String,
+    /// Platform to take from an image for several [default: this machine's]
+    #[arg(long, value_name = "OS/ARCH")]
+    pub platform: Option<Platform>,
+    /// Use HTTP without TLS also for a registry that is not on this machine
+    #[arg(long)]
+    pub plain_http: bool,
+}
+
+/// Which store.
+#[derive(Debug, Args)]
+pub struct StoreArgs {
+    /// Directory of the store; for convert, an empty directory becomes one
+    #[arg(long, value_name = "DIR", env = "SLIPWAY_STORE")]
+    pub store: PathBuf,
+}
+
+/// How results are printed.
+#[derive(Debug, Args)]
+pub struct OutputArgs {
+    /// Print the result as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl Convert {
+    /// The state directory.
+    pub fn state_dir(&self) -> PathBuf {
+        if let Some(state) = &self.state {
+            return state.clone();
+        }
+        let var = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let home = || var("HOME").map(|home| home.join(".local/state"));
+        let root = rustix::process::geteuid().is_root();
+        match if root { None } else { var("XDG_STATE_HOME").or_else(home) } {
+            Some(dir) => dir.join("slipway-convert"),
+            None => PathBuf::from("/var/lib/slipway-convert"),
+        }
+    }
+
+    /// The key file.
+    pub fn key_file(&self) -> PathBuf {
+        self.key.clone().unwrap_or_else(|| self.state_dir().join("key.pem"))
+    }
+
+    /// Layers at once.
+    pub fn jobs(&self) -> usize {
+        self.jobs.map_or_else(|| available_parallelism().map_or(1, std::num::NonZero::get), std::num::NonZero::get)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn spellings_and_what_they_mean() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' ')).map_err(|e| e.exit_code());
+        for line in [
+            "erofs-convert convert debian:12 --store /s",
+            "erofs-convert convert debian:12 --store /s --platform linux/arm64 --plain-http --json -j 3 --state /t --key /k",
+            "erofs-convert ls --store /s --json",
+            "erofs-convert show debian:12 --store /s",
+            "erofs-convert dump debian:12 --store /s",
+            "erofs-convert check debian:12 oci:/img --store /s",
+        ] {
+            assert!(parse(line).is_ok(), "{line}");
+        }
+        for line in ["erofs-convert", "erofs-convert convert --store /s", "erofs-convert convert a --store /s -j 0", "erofs-convert ls --store /s x"]
+        {
+            assert_eq!(parse(line).err(), Some(2), "{line}");
+        }
+        let Ok(Cli { command: Command::Convert(convert) }) = parse("erofs-convert convert a --store /s --state /t") else { panic!() };
+        assert_eq!((convert.state_dir(), convert.key_file()), ("/t".into(), "/t/key.pem".into()));
+    }
+}

@@ -1,0 +1,140 @@
+//! One layer's way from the source into the store.
+//!
+//! blob bytes → blob digest → unpacking │ → diff ID → tar → units → packs (temporary) → both digests right → packs, tree, journal.
+//! The bar is where one thread hands over to another.
+
+use std::io::{self, Write};
+use std::thread::available_parallelism;
+
+use erofs::digest::Digest;
+use erofs::layer::LayerTree;
+use slipway::oci::{Source, SourceImage, SourceLayer, VerifyReader};
+use slipway::store::{Name, Store, StoreError, Temp};
+use tokio_util::sync::CancellationToken;
+
+use super::{Context, Finished, state_failure};
+use crate::failure::{Failure, Thrown};
+use crate::journal::{Entry, Journal};
+use crate::layer::{ConvertError, LayerOptions, PackSink, convert_layer};
+use crate::leftovers::Leftovers;
+use crate::pipe;
+use crate::stop::{self, StoppableReader};
+use crate::unpack::Unpack;
+
+/// Compression threads per layer. Inflating and hashing feed one layer with a few hundred MB/s at most, and one thread of zstd level 1
+/// takes about 300: more would only wait.
+const MAX_THREADS: usize = 4;
+
+/// What converting any layer of an image needs.
+pub(super) struct LayerJob<'a> {
+    pub context: &'a Context<'a>,
+    pub source: &'a Source,
+    pub image: &'a SourceImage,
+    pub store: &'a Store,
+    pub journal: &'a Journal,
+    pub leftovers: &'a Leftovers,
+    pub stop: &'a CancellationToken,
+}
+
+impl LayerJob<'_> {
+    /// Converts layer `number` and puts it into the store.
+    pub(super) fn run(&self, number: usize, layer: &SourceLayer) -> Result<Finished, Failure> {
+        let title = format!("layer {number}/{} {}", self.image.layers.len(), &layer.digest.to_string()[..12]);
+        let progress = self.context.progress.layer(title, layer.size);
+        let blob = stop::wait(self.context.runtime, self.stop, self.source.open_layer(layer))??;
+        let advance = |more| progress.advance(more);
+        let blob = StoppableReader::new(blob, self.context.runtime, self.stop, &advance);
+        let mut sink = StoreSink { store: self.store, leftovers: self.leftovers, finished: Vec::new() };
+        let tree = self.read(number, layer, blob, &mut sink)?;
+        // Both digests are right from here on.
+        for (temp, name) in sink.finished {
+            if self.stop.is_cancelled() {
+                return Err(Failure::Stopped);
+            }
+            self.store.publish(temp.0, &Name::Pack(name))?;
+        }
+        let (digest, _) = self.store.put_tree(&layer.diff_id, &tree)?;
+        let entry = Entry { store: self.store.id().to_owned(), diff_id: layer.diff_id, tree: digest };
+        self.journal.add(&entry).map_err(state_failure)?;
+        progress.finish();
+        Ok(Finished { digest, tree, reused: false })
+    }
+
+    /// The layer's tree, with its packs complete in `sink`, if blob digest and diff ID are right.
+    fn read(&self, number: usize, layer: &SourceLayer, blob: impl io::Read + Send, sink: &mut StoreSink<'_>) -> Result<LayerTree, Failure> {
+        let failed = |error| layer_failure(self.image, number, layer, error);
+        let read_error = |source| ConvertError::Read { offset: 0, source };
+        let blob = VerifyReader::new(blob, "the layer's blob", layer.digest, Some(layer.size));
+        let unpack = Unpack::new(blob).map_err(read_error).map_err(failed)?;
+        let threads = available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS));
+        let options = LayerOptions { threads, ..LayerOptions::default() };
+        let (result, mut unpack) = pipe::run(unpack, |tar| {
+            let mut tar = VerifyReader::new(tar, "the layer's tar", layer.diff_id.0, None);
+            let tree = convert_layer(&mut tar, sink, &options)?;
+            tar.drain().map_err(read_error)?;
+            Ok(tree)
+        });
+        let failure = match result.map_err(failed) {
+            Err(failure @ Failure::Layer { .. }) => failure,
+            result => return result,
+        };
+        // What looks like a malformed archive is more often a damaged blob: the digest decides.
+        match unpack.drain_blob().map_err(|error| failed(read_error(error))) {
+            Err(damaged @ Failure::Damaged { .. }) => Err(damaged),
+            _ => Err(failure),
+        }
+    }
+}
+
+/// What the failure of a layer is to the user: I/O errors of our own readers and writers are what they carry.
+pub(crate) fn layer_failure(image: &SourceImage, number: usize, layer: &SourceLayer, error: ConvertError) -> Failure {
+    let name = format!("layer {number} ({})", layer.digest.oci());
+    let image = image.name.clone();
+    let (thrown, rebuild): (_, &dyn Fn(io::Error) -> ConvertError) = match error {
+        ConvertError::Read { offset, source } => (Thrown::of(source), &move |source| ConvertError::Read { offset, source }),
+        ConvertError::Store { source } => (Thrown::of(source), &|source| ConvertError::Store { source }),
+        other => return Failure::Layer { layer: name, image, source: Box::new(other) },
+    };
+    match thrown {
+        Thrown::Verify(source) => Failure::Damaged { layer: name, image, source: Box::new(source) },
+        Thrown::Source(error) => error.into(),
+        Thrown::Store(error) => error.into(),
+        Thrown::Stopped => Failure::Stopped,
+        Thrown::Other(source) => Failure::Layer { layer: name, image, source: Box::new(rebuild(source)) },
+    }
+}
+
+/// Packs of one layer: complete ones wait as temporary files until the layer is verified.
+struct StoreSink<'a> {
+    store: &'a Store,
+    leftovers: &'a Leftovers,
+    finished: Vec<(SinkFile, Digest)>,
+}
+
+/// A pack being written. Its errors are the store's.
+struct SinkFile(Temp);
+
+impl PackSink for StoreSink<'_> {
+    type Temp = SinkFile;
+
+    fn create(&mut self) -> io::Result<SinkFile> {
+        let temp = self.store.temp().map_err(io::Error::other)?;
+        self.leftovers.note(temp.path())?;
+        Ok(SinkFile(temp))
+    }
+
+    fn publish(&mut self, temp: SinkFile, name: Digest) -> io::Result<()> {
+        self.finished.push((temp, name));
+        Ok(())
+    }
+}
+
+impl Write for SinkFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes).map_err(|error| io::Error::other(StoreError::writing(self.0.path(), error)))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().map_err(|error| io::Error::other(StoreError::writing(self.0.path(), error)))
+    }
+}

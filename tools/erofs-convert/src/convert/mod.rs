@@ -1,0 +1,128 @@
+//! From an image to a store: resolve, reuse what is there, convert the other layers, fold, publish.
+//!
+//! What becomes visible, and when (invariant 2): a layer's packs and tree once all its digests were verified, then the top's metadata
+//! image, then signed records from the lowest chain to the top, and the image root last. A conversion that stops anywhere leaves
+//! whole files that no record names, which the next run finds through the journal.
+
+mod layer_job;
+mod publish;
+pub mod report;
+mod reuse;
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use erofs::digest::Digest;
+use erofs::layer::LayerTree;
+use slipway::oci::{DiffId, Platform, Source, SourceImage, SourceLayer};
+use slipway::store::{ImageRoot, SigningKey, Store, Trust};
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+
+use crate::failure::Failure;
+use crate::journal::Journal;
+use crate::leftovers::Leftovers;
+use crate::parallel::in_parallel;
+use crate::progress::Progress;
+use crate::stop;
+
+use layer_job::LayerJob;
+pub(crate) use layer_job::layer_failure;
+
+/// What to convert and where to.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The image.
+    pub source: Source,
+    /// Which of its platforms.
+    pub platform: Platform,
+    /// The store's directory.
+    pub store: PathBuf,
+    /// Where the converter keeps its journal and, unless `key` says otherwise, its key.
+    pub state: PathBuf,
+    /// The signing key's file.
+    pub key: PathBuf,
+    /// Layers converted at once.
+    pub jobs: usize,
+}
+
+/// What a conversion runs with.
+pub struct Context<'a> {
+    /// For the network and for signals.
+    pub runtime: &'a Handle,
+    /// Cancelled when the user wants it to stop.
+    pub stop: &'a CancellationToken,
+    /// What the user sees.
+    pub progress: &'a Progress,
+}
+
+/// A finished conversion.
+#[derive(Clone, Debug)]
+pub struct Converted {
+    /// The image root, as published.
+    pub root: ImageRoot,
+    /// For every layer: it was in the store before.
+    pub reused: Vec<bool>,
+    /// Packs of the image's metadata, in device order, with the length of their files.
+    pub packs: Vec<(Digest, u64)>,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// A layer in the store.
+#[derive(Clone)]
+struct Finished {
+    digest: Digest,
+    tree: LayerTree,
+    reused: bool,
+}
+
+/// Converts an image.
+pub fn convert(context: &Context<'_>, options: &Options) -> Result<Converted, Failure> {
+    let started = Instant::now();
+    let store = Store::create(&options.store)?;
+    make_state_dir(&options.state)?;
+    let key = SigningKey::load_or_create(&options.key)?;
+    let journal = Journal::open(&options.state).map_err(state_failure)?;
+    let leftovers = Leftovers::take_over(&options.state, context.progress).map_err(state_failure)?;
+    let image = stop::wait(context.runtime, context.stop, options.source.resolve(&options.platform))??;
+    if image.layers.is_empty() {
+        return Err(Failure::NoLayers { image: image.name });
+    }
+    context.progress.say(&format!("{} ({}): {} layers", image.name, image.platform, image.layers.len()));
+    let mut finished = reuse::find(&store, &journal, &Trust(vec![key.public()]), &image)?;
+    let todo = missing_layers(&image, &finished);
+    context.progress.say(&format!("{} of {} layers are in the store", image.layers.len() - todo.len(), image.layers.len()));
+    // A failing layer stops the others, but the user's own token stays as it is.
+    let stop = context.stop.child_token();
+    let job = LayerJob { context, source: &options.source, image: &image, store: &store, journal: &journal, leftovers: &leftovers, stop: &stop };
+    let done = in_parallel(options.jobs, todo, &stop, |(number, layer)| Ok((layer.diff_id, job.run(number, layer)?)))?;
+    finished.extend(done);
+    let (root, packs, reused) = publish::publish(context, options.jobs, &store, &key, &image, &finished)?;
+    Ok(Converted { root, reused, packs, seconds: started.elapsed().as_secs_f64() })
+}
+
+/// The layers to convert with their numbers (from 1): each diff ID once, largest first, so that the last one running is a small one.
+fn missing_layers<'a>(image: &'a SourceImage, finished: &HashMap<DiffId, Finished>) -> Vec<(usize, &'a SourceLayer)> {
+    let mut missing: Vec<(usize, &SourceLayer)> = Vec::new();
+    for (i, layer) in image.layers.iter().enumerate() {
+        if !finished.contains_key(&layer.diff_id) && !missing.iter().any(|(_, other)| other.diff_id == layer.diff_id) {
+            missing.push((i + 1, layer));
+        }
+    }
+    missing.sort_by_key(|(number, layer)| (std::cmp::Reverse(layer.size), *number));
+    missing
+}
+
+/// The state directory holds a private key.
+fn make_state_dir(state: &Path) -> Result<(), Failure> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(state);
+    made.map_err(|source| Failure::State { path: state.to_owned(), source })
+}
+
+fn state_failure((path, source): (PathBuf, std::io::Error)) -> Failure {
+    Failure::State { path, source }
+}

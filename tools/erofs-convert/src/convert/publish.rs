@@ -1,0 +1,121 @@
+//! From layer trees to what nodes find: metadata image, records for every prefix, image root.
+
+use std::collections::HashMap;
+
+use erofs::digest::Digest;
+use erofs::fold::{FOLD_VERSION, fold};
+use erofs::image::{self, Built, Checked, Image, ImageError};
+use erofs::layer::LayerTree;
+use erofs::meta::Content;
+use erofs::tree::{Body, Tree};
+use slipway::oci::{DiffId, SourceImage};
+use slipway::store::{ImageRoot, Payload, RootLayer, SigningKey, Sizes, Store, record};
+
+use super::{Context, Finished, reuse};
+use crate::failure::Failure;
+use crate::parallel::in_parallel;
+
+type Outcome = (ImageRoot, Vec<(Digest, u64)>, Vec<bool>);
+
+/// Publishes an image all of whose layers are `finished`. Gives the root, the packs with their lengths, and which layers were reused.
+pub(super) fn publish(
+    context: &Context<'_>,
+    jobs: usize,
+    store: &Store,
+    key: &SigningKey,
+    image: &SourceImage,
+    finished: &HashMap<DiffId, Finished>,
+) -> Result<Outcome, Failure> {
+    let layers: Vec<&Finished> = image.layers.iter().map(|layer| &finished[&layer.diff_id]).collect();
+    let trees: Vec<LayerTree> = layers.iter().map(|layer| layer.tree.clone()).collect();
+    let digests: Vec<Digest> = layers.iter().map(|layer| layer.digest).collect();
+    context.progress.say("folding layers");
+    let stop = context.stop.child_token();
+    let prefixes = (1..=trees.len()).collect();
+    let folded = in_parallel(jobs, prefixes, &stop, |len| Prefix::fold(store, key, image, &trees[..len], &digests[..len]))?;
+    let (top, top_bytes) = folded.last().map(|prefix| (&prefix.payload, &prefix.top_bytes)).expect("an image has layers");
+    store.put_metadata(top_bytes)?;
+    for prefix in &folded {
+        if context.stop.is_cancelled() {
+            return Err(Failure::Stopped);
+        }
+        store.put_record(&prefix.payload, key)?;
+    }
+    let root = ImageRoot {
+        source: image.name.clone(),
+        target: None,
+        platform: image.platform.to_string(),
+        manifest: image.manifest_digest,
+        chain: top.chain,
+        metadata: top.metadata,
+        layers: image
+            .layers
+            .iter()
+            .zip(&digests)
+            .map(|(layer, tree)| RootLayer { blob: layer.digest, size: layer.size, diff_id: layer.diff_id, tree: *tree })
+            .collect(),
+        sizes: top.sizes,
+    };
+    store.put_image(&root)?;
+    let packs = top.packs.iter().map(|pack| Ok((pack.digest, reuse::pack_len(store, pack.digest)?))).collect::<Result<_, Failure>>()?;
+    Ok((root, packs, layers.iter().map(|layer| layer.reused).collect()))
+}
+
+/// The lowest layers of an image, folded.
+struct Prefix {
+    payload: Payload,
+    /// The metadata image, kept of the whole image only: nodes fold the others themselves if they ever mount them.
+    top_bytes: Vec<u8>,
+}
+
+impl Prefix {
+    fn fold(store: &Store, key: &SigningKey, image: &SourceImage, trees: &[LayerTree], digests: &[Digest]) -> Result<Prefix, Failure> {
+        let len = trees.len();
+        let top = len == image.layers.len();
+        let chain = image.layers[len - 1].chain_id;
+        let tree = fold(trees).map_err(|source| Failure::Fold { chain, source })?;
+        let checked = Checked::new(tree).map_err(|source| Failure::Tree { chain, source })?;
+        let built = image::write(&checked);
+        let tree = checked.tree();
+        let mut stored = 0;
+        for pack in &tree.packs {
+            stored += reuse::pack_len(store, pack.digest)?;
+        }
+        let sizes = Sizes { metadata: built.bytes.len() as u64, content: content_size(tree), inodes: tree.inodes.len() as u64, stored };
+        if top {
+            read_back(&built)?;
+        }
+        let payload = Payload {
+            chain,
+            parent: len.checked_sub(2).map(|below| image.layers[below].chain_id),
+            diff_ids: image.layers[..len].iter().map(|layer| layer.diff_id).collect(),
+            trees: digests.to_vec(),
+            metadata: built.digest,
+            fold_version: FOLD_VERSION,
+            packs: tree.packs.clone(),
+            sizes,
+            top,
+            tool: record::tool(),
+            key: key.public().id(),
+        };
+        Ok(Prefix { payload, top_bytes: if top { built.bytes } else { Vec::new() } })
+    }
+}
+
+/// The writer is checked by the reader before anything is named after its output: what is read back must give the same image again.
+fn read_back(built: &Built) -> Result<(), Failure> {
+    let digest = built.digest;
+    let tree = Image::open(&built.bytes).and_then(|image| image.to_tree()).map_err(|source| Failure::Metadata { digest, source })?;
+    let again = Checked::new(tree).map_err(|error| Failure::Metadata { digest, source: ImageError::Tree(error) })?;
+    assert_eq!(image::write(&again).digest, digest, "a metadata image that is read back gives itself");
+    Ok(())
+}
+
+/// Bytes of all regular files, each inode once.
+fn content_size(tree: &Tree) -> u64 {
+    let size = |inode: &erofs::tree::Inode| match &inode.body {
+        Body::Content(Content::File(data)) => data.size(),
+        _ => 0,
+    };
+    tree.inodes.iter().map(size).sum()
+}

@@ -1,0 +1,62 @@
+//! Layers that need not be converted, nor even downloaded, because the store has them.
+//!
+//! A tree is believed for one of two reasons: a record signed by a trusted key names it, or this converter's own journal does. In
+//! both cases it is read and verified now, and its packs must be there.
+
+use std::collections::HashMap;
+
+use erofs::digest::Digest;
+use slipway::oci::{DiffId, SourceImage};
+use slipway::store::{Name, Store, StoreError, Trust};
+
+use super::Finished;
+use crate::failure::Failure;
+use crate::journal::Journal;
+
+/// The layers of `image` that the store has.
+pub(super) fn find(store: &Store, journal: &Journal, trust: &Trust, image: &SourceImage) -> Result<HashMap<DiffId, Finished>, Failure> {
+    let mut finished = HashMap::new();
+    // The highest chain with a record names the trees of every layer below.
+    for top in (0..image.layers.len()).rev() {
+        let Some(found) = store.find(&image.layers[top].chain_id, trust)? else { continue };
+        for (layer, tree) in image.layers[..=top].iter().zip(&found.trees) {
+            add(store, &mut finished, layer.diff_id, *tree)?;
+        }
+        break;
+    }
+    for layer in &image.layers {
+        if let Some(tree) = journal.find(store.id(), layer.diff_id) {
+            add(store, &mut finished, layer.diff_id, tree)?;
+        }
+    }
+    Ok(finished)
+}
+
+fn add(store: &Store, finished: &mut HashMap<DiffId, Finished>, diff_id: DiffId, digest: Digest) -> Result<(), Failure> {
+    if finished.contains_key(&diff_id) {
+        return Ok(());
+    }
+    let tree = match store.read_tree(&diff_id, &digest) {
+        Ok(tree) => tree,
+        // Gone or damaged: the layer is converted anew, which also repairs the store.
+        Err(error) if error.is_about_content() => {
+            tracing::warn!(%diff_id, %digest, %error, "a finished layer cannot be reused");
+            return Ok(());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    for pack in &tree.packs {
+        if store.file_len(&Name::Pack(pack.digest))?.is_none() {
+            tracing::warn!(%diff_id, pack = %pack.digest, "a finished layer cannot be reused: a pack is missing");
+            return Ok(());
+        }
+    }
+    finished.insert(diff_id, Finished { digest, tree, reused: true });
+    Ok(())
+}
+
+/// The length of a pack's file.
+pub(super) fn pack_len(store: &Store, digest: Digest) -> Result<u64, Failure> {
+    let name = Name::Pack(digest);
+    store.file_len(&name)?.ok_or_else(|| Failure::Store(StoreError::Missing { path: store.dir().join(name.path()) }))
+}

@@ -1,0 +1,218 @@
+//! Why a command failed, and the exit code that says so.
+
+use std::error::Error;
+use std::io;
+use std::path::PathBuf;
+
+use erofs::fold::FoldError;
+use erofs::image::{ImageError, TreeError};
+use slipway::oci::{ChainId, OciError, VerifyError};
+use slipway::store::StoreError;
+use slipway::store::key::KeyError;
+
+use crate::layer::ConvertError;
+use crate::stop::{INTERRUPTED, Stopped};
+
+/// A command's failure. Variants are by who has to act: the image's owner, the store's, the user.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The image cannot be read.
+    #[error(transparent)]
+    Source(Box<OciError>),
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(StoreError),
+    /// The signing key cannot be used.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// A layer's bytes are not those its manifest or configuration promises.
+    #[error("{layer} of {image} is damaged; nothing of it was published, copy or push the image again")]
+    Damaged {
+        /// The layer.
+        layer: String,
+        /// The image.
+        image: String,
+        /// Both digests.
+        #[source]
+        source: Box<VerifyError>,
+    },
+    /// A layer is what it should be, but not something that can be converted.
+    #[error("{layer} of {image} cannot be converted; nothing of it was published")]
+    Layer {
+        /// The layer.
+        layer: String,
+        /// The image.
+        image: String,
+        /// Why.
+        #[source]
+        source: Box<ConvertError>,
+    },
+    /// The image has nothing in it.
+    #[error("{image} has no layers: there is nothing to convert")]
+    NoLayers {
+        /// The image.
+        image: String,
+    },
+    /// Layers do not fit together.
+    #[error("the layers up to chain {chain} do not fit together; build the image again")]
+    Fold {
+        /// The chain.
+        chain: ChainId,
+        /// Why.
+        #[source]
+        source: FoldError,
+    },
+    /// The folded tree is something EROFS cannot hold.
+    #[error("the layers up to chain {chain} cannot become an EROFS image")]
+    Tree {
+        /// The chain.
+        chain: ChainId,
+        /// Why.
+        #[source]
+        source: TreeError,
+    },
+    /// Own files of the converter.
+    #[error("cannot use {}: give a writable directory with --state", .path.display())]
+    State {
+        /// The file or directory.
+        path: PathBuf,
+        /// The operating system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A metadata image of the store is not what it should be.
+    #[error("metadata image {digest} of the store is damaged; convert the image again")]
+    Metadata {
+        /// Its digest.
+        digest: erofs::digest::Digest,
+        /// What is wrong.
+        #[source]
+        source: ImageError,
+    },
+    /// The store has no such image.
+    #[error("{name} is not in the store {}; `erofs-convert ls` shows what is", .store.display())]
+    NotConverted {
+        /// What was asked for.
+        name: String,
+        /// The store.
+        store: PathBuf,
+    },
+    /// Several images have the name.
+    #[error("{name} is in the store for several platforms or versions: {}; name one by its manifest digest", .choices.join(", "))]
+    Ambiguous {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        choices: Vec<String>,
+    },
+    /// `check` found differences.
+    #[error("{image} differs from its source in {count} places")]
+    Differs {
+        /// The image.
+        image: String,
+        /// How many differences.
+        count: usize,
+    },
+    /// A result could not be written to stdout.
+    #[error("cannot write the result")]
+    Output(#[source] io::Error),
+    /// A signal, or the failure of something else that is reported instead.
+    #[error("stopped; run it again and it goes on with the finished layers")]
+    Stopped,
+}
+
+impl From<Stopped> for Failure {
+    fn from(_: Stopped) -> Self {
+        Failure::Stopped
+    }
+}
+
+impl From<OciError> for Failure {
+    fn from(error: OciError) -> Self {
+        Failure::Source(Box::new(error))
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Failure::Store(error)
+    }
+}
+
+/// What was thrown through an I/O error by one of our own readers or writers.
+pub enum Thrown {
+    /// The bytes were wrong.
+    Verify(VerifyError),
+    /// The source failed.
+    Source(OciError),
+    /// The store failed.
+    Store(StoreError),
+    /// The work was stopped.
+    Stopped,
+    /// None of ours.
+    Other(io::Error),
+}
+
+impl Thrown {
+    /// Unwraps `error`.
+    pub fn of(error: io::Error) -> Thrown {
+        if error.get_ref().is_none() {
+            return Thrown::Other(error);
+        }
+        let kind = error.kind();
+        let inner = error.into_inner().expect("the error has an inner one");
+        let inner = match inner.downcast::<VerifyError>() {
+            Ok(ours) => return Thrown::Verify(*ours),
+            Err(inner) => inner,
+        };
+        let inner = match inner.downcast::<OciError>() {
+            Ok(ours) => return Thrown::Source(*ours),
+            Err(inner) => inner,
+        };
+        let inner = match inner.downcast::<StoreError>() {
+            Ok(ours) => return Thrown::Store(*ours),
+            Err(inner) => inner,
+        };
+        match inner.downcast::<Stopped>() {
+            Ok(_) => Thrown::Stopped,
+            // Decoders wrap the errors of what they read from.
+            Err(inner) => match inner.downcast::<io::Error>() {
+                Ok(wrapped) => Thrown::of(*wrapped),
+                Err(inner) => Thrown::Other(io::Error::new(kind, inner)),
+            },
+        }
+    }
+}
+
+impl Failure {
+    /// The process's exit code; stable, listed in `--help`.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Source(error) => match &**error {
+                OciError::BadReference { .. } => 2,
+                OciError::NotFound { .. } | OciError::MissingPlatform { .. } => 3,
+                OciError::Denied { .. } => 4,
+                OciError::Unreachable { .. } | OciError::Status { .. } => 5,
+                OciError::Damaged { .. } => 6,
+                OciError::Malformed { .. } | OciError::Unsupported { .. } | OciError::Layout { .. } | OciError::Client { .. } => 1,
+            },
+            Failure::Store(StoreError::NoOpenat2 { .. }) => 7,
+            Failure::Store(StoreError::Damaged { .. }) | Failure::Damaged { .. } | Failure::Metadata { .. } | Failure::Differs { .. } => 6,
+            Failure::NotConverted { .. } => 3,
+            Failure::Ambiguous { .. } => 2,
+            Failure::Stopped => INTERRUPTED,
+            _ => 1,
+        }
+    }
+
+    /// The message with everything that led to it, one cause per line.
+    pub fn report(&self) -> String {
+        let mut text = format!("error: {self}");
+        let mut cause: Option<&dyn Error> = self.source();
+        while let Some(error) = cause {
+            text.push_str(&format!("\n  because: {error}"));
+            cause = error.source();
+        }
+        text
+    }
+}

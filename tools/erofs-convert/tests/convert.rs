@@ -1,0 +1,133 @@
+//! Conversion end to end with the real program: an image in, what the store then has, and what looking at it shows.
+
+mod ground;
+
+use std::fs;
+
+use ground::{Ground, everything, files_below, noise};
+use testbed::{Compression, Entry, Image, Layer};
+
+#[test]
+fn an_image_is_converted_listed_and_the_same_as_its_source() {
+    let ground = Ground::new("convert");
+    let built = ground.layout.add("1", &everything()).unwrap();
+    let done = ground.convert("oci:img:1");
+    assert_eq!(done["chain"], built.top_chain());
+    assert_eq!(done["manifest"], built.manifest.digest);
+    assert_eq!(done["layers"].as_array().unwrap().len(), 3);
+    let source = done["source"].as_str().unwrap();
+    assert_eq!(ground.listed(), [source]);
+
+    let check = ground.run(&["check", "oci:img:1", "oci:img:1", "--json"]);
+    assert_eq!(check.code, 0, "{}\n{}", check.out, check.err);
+    assert_eq!(check.json()["differences"], 0);
+    assert!(check.json()["names"].as_u64().unwrap() > 700);
+
+    // A record for every prefix of the layers, under its chain.
+    for chain in &built.chains {
+        let hex = chain.strip_prefix("sha256:").unwrap();
+        assert_eq!(files_below(&ground.store().join("chains").join(&hex[..2]).join(hex)).len(), 1, "{chain}");
+    }
+    assert_eq!(files_below(&ground.store().join("meta")).len(), 1, "only the top's metadata is stored");
+    assert_eq!(files_below(&ground.store().join("tmp")).len(), 0);
+
+    for name in ["oci:img:1", source, &built.manifest.digest] {
+        let show = ground.run(&["show", name, "--json"]);
+        assert_eq!(show.code, 0, "{}", show.err);
+        assert_eq!(show.json()["packs"].as_array().unwrap().len(), 2, "the top layer's files are all tiny");
+    }
+    assert!(ground.run(&["show", "oci:img:1"]).out.contains("256.00 KiB"));
+    let dump = ground.run(&["dump", "oci:img:1"]).out;
+    assert!(dump.contains("file-0699"), "{dump}");
+    assert_eq!(ground.run(&["dump", done["metadata"].as_str().unwrap()]).out, dump);
+    ground.run(&["show", "other:1"]).assert_failed(3, &["other:1", "ls"]);
+}
+
+#[test]
+fn the_same_image_gives_the_same_bytes_whoever_converts_it() {
+    let (one, two) = (Ground::new("convert-one"), Ground::new("convert-two"));
+    for ground in [&one, &two] {
+        ground.layout.add("1", &everything()).unwrap();
+        ground.convert("oci:img:1");
+    }
+    for dir in ["packs", "layers", "meta"] {
+        let (a, b) = (files_below(&one.store().join(dir)), files_below(&two.store().join(dir)));
+        assert_eq!(a, b);
+        for name in a {
+            assert!(fs::read(one.store().join(dir).join(&name)).unwrap() == fs::read(two.store().join(dir).join(&name)).unwrap(), "{name:?}");
+        }
+    }
+}
+
+#[test]
+fn layers_in_the_store_are_not_read_again() {
+    let ground = Ground::new("reuse");
+    let (base, app) = (Layer::new([Entry::file("base", noise(1, 300_000))]), Layer::new([Entry::file("app", noise(2, 300_000))]));
+    let first = Image::new().layer(&base, Compression::Gzip).layer(&app, Compression::Gzip);
+    let built = ground.layout.add("1", &first).unwrap();
+    ground.convert("oci:img:1");
+    let before = files_below(&ground.store());
+    let layers = |done: &serde_json::Value| done["layers"].as_array().unwrap().iter().map(|l| l["reused"].as_bool().unwrap()).collect::<Vec<_>>();
+    // With the blobs gone a conversion that read them would fail.
+    for layer in &built.layers {
+        fs::remove_file(ground.layout.blob(&layer.digest)).unwrap();
+    }
+    assert_eq!(layers(&ground.convert("oci:img:1")), [true, true]);
+    assert_eq!(files_below(&ground.store()), before, "the second run adds nothing");
+    // Without the journal the signed record is believed, since it is signed by our own key.
+    fs::remove_file(ground.scratch.join("state/journal")).unwrap();
+    assert_eq!(layers(&ground.convert("oci:img:1")), [true, true]);
+    // Another image on the same base.
+    let other = Image::new().layer(&base, Compression::Gzip).layer(&Layer::new([Entry::file("other", noise(3, 300_000))]), Compression::Zstd);
+    ground.layout.add("2", &other).unwrap();
+    assert_eq!(layers(&ground.convert("oci:img:2")), [true, false]);
+    assert_eq!(ground.listed().len(), 2);
+    // Without our own journal and with another key, nothing in the store can be trusted.
+    fs::remove_dir_all(ground.scratch.join("state")).unwrap();
+    ground.layout.add("1", &first).unwrap();
+    assert_eq!(layers(&ground.convert("oci:img:1")), [false, false]);
+}
+
+#[test]
+fn what_is_damaged_in_the_store_is_made_again() {
+    let ground = Ground::new("repair");
+    ground.layout.add("1", &everything()).unwrap();
+    ground.convert("oci:img:1");
+    let packs = ground.store().join("packs");
+    let pack = packs.join(files_below(&packs).first().unwrap());
+    let whole = fs::read(&pack).unwrap();
+    fs::remove_file(&pack).unwrap();
+    ground.run(&["check", "oci:img:1", "oci:img:1"]).assert_failed(1, &["is not in the store"]);
+    ground.convert("oci:img:1");
+    assert!(fs::read(&pack).unwrap() == whole);
+    // A flipped bit is found by check, which names the file.
+    let mut damaged = whole;
+    damaged[100] ^= 1;
+    fs::write(&pack, damaged).unwrap();
+    let check = ground.run(&["check", "oci:img:1", "oci:img:1"]);
+    assert_eq!(check.code, 6, "{}", check.err);
+    assert!(check.out.contains("cannot be read from the store: unit 0 of pack"), "{}", check.out);
+}
+
+#[test]
+fn check_tells_another_image_apart() {
+    let ground = Ground::new("check");
+    let image = |content: &str| Image::new().layer(&Layer::new([Entry::dir("d"), Entry::file("d/a", content)]), Compression::Plain);
+    ground.layout.add("1", &image("one")).unwrap();
+    ground.layout.add("2", &image("two")).unwrap();
+    ground.convert("oci:img:1");
+    let check = ground.run(&["check", "oci:img:1", "oci:img:2"]);
+    assert_eq!(check.code, 6);
+    assert!(check.out.contains("d/a: has content with BLAKE3") && check.out.contains("the source's manifest is"), "{}", check.out);
+    assert!(check.err.contains("differs from its source in 2 places"), "{}", check.err);
+}
+
+#[test]
+fn the_same_layer_twice_is_converted_once() {
+    let ground = Ground::new("twice");
+    let layer = Layer::new([Entry::file("a", noise(1, 10_000))]);
+    ground.layout.add("1", &Image::new().layer(&layer, Compression::Gzip).layer(&layer, Compression::Gzip)).unwrap();
+    let done = ground.convert("oci:img:1");
+    assert_eq!(done["packs"].as_array().unwrap().len(), 1);
+    assert_eq!(done["layers"][0]["tree"], done["layers"][1]["tree"]);
+}
