@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
-use slipway::config::Config;
+use slipway::config::{BackendChoice, Config};
 use slipway::node::client::{Client, mount_all};
 use slipway::node::holder::{self, HolderOptions};
 use slipway::node::worker;
@@ -106,6 +106,11 @@ fn load(path: &Path) -> anyhow::Result<Config> {
 /// Every setting with its value, whether it was given or is a default.
 fn settings(config: &Config) -> String {
     let Config { store, state, cache, run, socket, backend, trusted_keys, log } = config;
+    let backend = match backend {
+        BackendChoice::Auto => "auto",
+        BackendChoice::FuseBlob => "fuse-blob",
+        BackendChoice::Fscache => "fscache",
+    };
     let paths = [("store", store), ("state", state), ("cache", cache), ("run", run), ("socket", socket)];
     let mut lines: Vec<String> = paths.iter().map(|(name, path)| format!("{name} = {path:?}")).collect();
     lines.extend([format!("backend = {backend:?}"), format!("trusted_keys = {trusted_keys:?}"), format!("log = {log:?}"), String::new()]);
@@ -120,7 +125,7 @@ fn log_to_stderr(config: &Config) -> anyhow::Result<()> {
 
 fn run(config: &Config, config_file: &Path) -> anyhow::Result<ExitCode> {
     // First of all: these descriptors have numbers that anything opened later would take.
-    let passed = uapi::process::take_listen_fds().context("the service manager's descriptors cannot be taken")?;
+    let passed = uapi::process::take_passed_fds().context("passed descriptors cannot be taken")?;
     log_to_stderr(config)?;
     let limit = uapi::process::raise_open_file_limit().context("the limit of open files cannot be raised")?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), open_files = limit, "slipwayd");
@@ -132,7 +137,8 @@ fn run(config: &Config, config_file: &Path) -> anyhow::Result<ExitCode> {
         // By path, not /proc/self/exe: a restart of the worker runs what has been installed since.
         worker: std::env::current_exe().context("the path of this program is not known")?,
         fallback: Some("/proc/self/exe".into()),
-        worker_args: vec![OsString::from("worker"), OsString::from("--config"), config_file.into()],
+        worker_args: vec![OsString::from("worker"), OsString::from("--config"), config_file.clone().into()],
+        holder_args: vec![OsString::from("run"), OsString::from("--config"), config_file.into()],
     };
     holder::run(&options, passed)?;
     Ok(ExitCode::SUCCESS)

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!            spawn, hand over              Done              dies │ SIGHUP
-//!  (start) ──────────────────> starting ─────────> serving ───────┴──────> (start), after a pause if it keeps dying young
-//!                                  │ dies                │ SIGTERM
+//!  (start) ──────────────────> starting ─────────> serving ───────┴──────> (start), after a pause if it keeps dying young,
+//!                                  │ dies                │ SIGTERM                  after SIGHUP as the program that is installed now
 //!                                  └──> (start)          └──> stopping ──> exit, mounts left in place
 //! ```
 //!
@@ -14,10 +14,10 @@ use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
@@ -67,6 +67,8 @@ pub struct HolderOptions {
     pub fallback: Option<PathBuf>,
     /// Its arguments.
     pub worker_args: Vec<OsString>,
+    /// Arguments with which [`HolderOptions::worker`] is a holder, for upgrading this process.
+    pub holder_args: Vec<OsString>,
 }
 
 /// Why the holder did not start or ended.
@@ -153,6 +155,7 @@ impl<'a> Holder<'a> {
             match ended {
                 Ended::Stopped => return Ok(()),
                 Ended::Reloaded => {
+                    self.upgrade();
                     young_deaths = 0;
                     continue;
                 }
@@ -173,6 +176,26 @@ impl<'a> Holder<'a> {
                 return Ok(());
             }
         }
+    }
+
+    /// Becomes the installed program, if that is another than the running one and works as far as can be seen: descriptors, process id and
+    /// everything else that others know of the holder stay. Comes back if not.
+    fn upgrade(&self) {
+        let program = &self.options.worker;
+        let file = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
+        match (file(program), file(Path::new("/proc/self/exe"))) {
+            (Ok(installed), Ok(running)) if installed != running => {}
+            _ => return,
+        }
+        // A program that cannot even do this would take every mount down with it.
+        match Command::new(program).arg("--version").stdin(Stdio::null()).output() {
+            Ok(output) if output.status.success() => tracing::info!(to = %String::from_utf8_lossy(&output.stdout).trim(), "upgrading the holder"),
+            Ok(output) => return tracing::error!(status = %output.status, "the installed program does not work; the holder stays what it is"),
+            Err(error) => return tracing::error!(%error, "the installed program cannot be run; the holder stays what it is"),
+        }
+        let fds: Vec<_> = self.kept.iter().map(|(name, kept)| (name.as_str(), kept.fd.as_fd())).collect();
+        let error = uapi::process::exec_keeping(program, &self.options.holder_args, &fds);
+        tracing::error!(%error, "the installed program cannot be run; the holder stays what it is");
     }
 
     /// The worker's program, and after two young deaths every other time what the holder knows to work.
@@ -371,6 +394,7 @@ mod tests {
             worker: "/bin/sh".into(),
             fallback: None,
             worker_args: ["-c", script].map(OsString::from).into(),
+            holder_args: Vec::new(),
         }
     }
 

@@ -65,6 +65,7 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
     /// Does jobs until told to stop, then finishes what is under way. Asks that come too late are answered EIO.
     pub async fn run(self: Rc<Self>, mut jobs: mpsc::UnboundedReceiver<Job>) {
         let (alive, mut all_done) = mpsc::channel(1);
+        let mut save_last = Vec::new();
         while let Some(job) = jobs.recv().await {
             match job {
                 Job::Ask(ask) => self.spawn(&alive, Self::answer(Rc::clone(&self), ask, alive.clone())),
@@ -72,20 +73,21 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
                 Job::Save(packs, done) => {
                     let data = Rc::clone(&self);
                     self.spawn(&alive, async move {
-                        for pack in packs {
-                            // Said in the log; tried again at the next save.
-                            let _ = data.save(&pack).await;
-                        }
+                        data.save_all(&packs).await;
                         // Whoever asked may have gone.
                         let _ = done.send(());
                     });
                 }
                 Job::Forget(pack) => self.disk.forget(pack),
-                Job::Stop => jobs.close(),
+                Job::Stop(packs) => {
+                    save_last = packs;
+                    jobs.close();
+                }
             }
         }
         drop(alive);
         let _ = all_done.recv().await;
+        self.save_all(&save_last).await;
     }
 
     fn spawn(&self, alive: &Alive, task: impl Future<Output = ()> + 'static) {
@@ -345,6 +347,13 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
         self.metrics.store_bytes.add(run.len as u64);
         self.metrics.store_read_time.observe(started.elapsed());
         Ok(buffer)
+    }
+
+    async fn save_all(&self, packs: &[Arc<Pack>]) {
+        for pack in packs {
+            // Said in the log; tried again at the next save.
+            let _ = self.save(pack).await;
+        }
     }
 
     /// Makes what is stored of a pack durable, then says so in its map (invariant 6).

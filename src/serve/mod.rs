@@ -103,7 +103,8 @@ enum Job {
     Save(Vec<Arc<Pack>>, sync::Sender<()>),
     /// Close files.
     Forget(PackId),
-    Stop,
+    /// Finish what is under way, then save these packs' maps.
+    Stop(Vec<Arc<Pack>>),
 }
 
 /// Bounds that tests tighten.
@@ -255,14 +256,15 @@ impl Engine {
         }
     }
 
-    /// Answers what is under way, flushes, and ends the data threads; blocks, at most for twice [`DEADLINE`]. Asks that come later are
-    /// answered EIO.
+    /// Answers what is under way, saves, and ends the data threads; blocks, for each thread at most for [`DEADLINE`]. Asks that come later
+    /// are answered EIO.
     pub fn stop(&self) {
         self.saver.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (first, others) = self.threads.split_first().expect("an engine has at least one data thread");
-        others.iter().for_each(|thread| thread.stop(self.deadline));
-        self.flush();
-        first.stop(self.deadline);
+        let (last, others) = self.threads.split_last().expect("an engine has at least one data thread");
+        others.iter().for_each(|thread| thread.stop(Vec::new(), self.deadline));
+        // Whatever is still being written is written by the one that saves, or has been.
+        let packs = self.packs().values().cloned().collect();
+        last.stop(packs, self.deadline);
     }
 
     fn source(&self) -> &Source {
@@ -319,8 +321,9 @@ impl DataThread {
         Ok(DataThread { jobs, ended: Mutex::new(ended) })
     }
 
-    fn stop(&self, deadline: Duration) {
-        let _ = self.jobs.send(Job::Stop);
+    fn stop(&self, save: Vec<Arc<Pack>>, deadline: Duration) {
+        // A thread that was stopped before refuses the job and has ended.
+        let _ = self.jobs.send(Job::Stop(save));
         let _ = self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(deadline);
     }
 }

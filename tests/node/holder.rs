@@ -5,9 +5,10 @@
 use std::collections::HashMap;
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -37,6 +38,7 @@ impl Manager {
         fs::write(scratch.join("config.toml"), config).expect("a configuration");
         let notify = UnixDatagram::bind(scratch.join("notify")).expect("a notification socket");
         notify.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        fs::copy(binary("slipwayd").expect("slipwayd is built"), scratch.join("slipwayd")).expect("a copy of the program");
         let daemon = command(scratch.path(), "exec \"$0\" run --config \"$1\"").stdin(Stdio::null()).spawn().expect("slipwayd starts");
         let mut manager = Manager { scratch, notify, stored: HashMap::new(), daemon };
         manager.wait_for("READY=1");
@@ -138,9 +140,8 @@ impl Drop for Manager {
 
 fn command(dir: &Path, script: &str) -> Command {
     let log = fs::File::options().create(true).append(true).open(dir.join("log")).expect("a log");
-    let program: PathBuf = binary("slipwayd").expect("slipwayd is built");
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--", "sh", "-c", script]).arg(program).arg(dir.join("config.toml"));
+    command.args(["--pdeathsig", "KILL", "--", "sh", "-c", script]).arg(dir.join("slipwayd")).arg(dir.join("config.toml"));
     command.env("NOTIFY_SOCKET", dir.join("notify")).stdout(Stdio::null()).stderr(log).process_group(0);
     command
 }
@@ -176,6 +177,33 @@ fn a_hangup_restarts_the_worker_in_order() {
     assert_eq!(manager.pack_dir(), mounted);
     manager.assert_serves();
     assert!(manager.log().contains("the worker has ended in order"), "{}", manager.log());
+}
+
+#[test]
+fn a_hangup_after_an_installation_upgrades_both_processes() {
+    require_kernel!();
+    let mut manager = Manager::start("holder-upgrade");
+    let (mounted, listener) = (manager.pack_dir(), manager.listener(manager.daemon.id()));
+    let program = manager.scratch.join("slipwayd");
+    let running = |pid: u32| fs::metadata(format!("/proc/{pid}/exe")).expect("a program").ino();
+
+    // A package manager's way: the new file takes the old one's name.
+    fs::copy(binary("slipwayd").expect("slipwayd is built"), manager.scratch.join("new")).expect("a copy of the program");
+    fs::rename(manager.scratch.join("new"), &program).expect("installed");
+    let installed = fs::metadata(&program).expect("a program").ino();
+    let worker = manager.until_next_worker(|manager, _| manager.signal(Signal::HUP));
+    assert_eq!([running(manager.daemon.id()), running(worker)], [installed; 2]);
+    assert_eq!((manager.pack_dir(), manager.listener(worker)), (mounted.clone(), listener.clone()));
+    manager.assert_serves();
+
+    // One that does not work is left alone: the holder goes on, and runs as worker what it itself is.
+    fs::write(manager.scratch.join("new"), "#!/bin/sh\nexit 1\n").expect("written");
+    fs::set_permissions(manager.scratch.join("new"), fs::Permissions::from_mode(0o755)).expect("executable");
+    fs::rename(manager.scratch.join("new"), &program).expect("installed");
+    let worker = manager.until_next_worker(|manager, _| manager.signal(Signal::HUP));
+    assert_eq!([running(manager.daemon.id()), running(worker)], [installed; 2]);
+    assert_eq!((manager.pack_dir(), manager.listener(worker)), (mounted, listener));
+    manager.assert_serves();
 }
 
 #[test]

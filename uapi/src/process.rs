@@ -4,7 +4,8 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,6 +35,7 @@ impl Child {
             .env_remove("LISTEN_FDS")
             .env_remove("LISTEN_FDNAMES")
             .env_remove("NOTIFY_SOCKET")
+            .env_remove(KEPT)
             .spawn()?;
         match rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
             Ok(pidfd) => Ok(Child { child, pidfd }),
@@ -153,25 +155,67 @@ const LISTEN_FDS_START: RawFd = 3;
 /// More descriptors than this are not believed: systemd's own limit is `FileDescriptorStoreMax`, which our unit sets far below.
 const LISTEN_FDS_MAX: usize = 65_536;
 
-/// Descriptors handed over by the service manager with their names (`sd_listen_fds_with_names(3)`): its fd store after a restart, and socket
-/// activation. Empty when `LISTEN_PID` is not this process. They become close-on-exec. Works once per process, at its start, before anything
-/// else is opened; later calls give an error.
-pub fn take_listen_fds() -> io::Result<Vec<(String, OwnedFd)>> {
+/// Descriptors handed over at the start of this process, with their names: by the service manager (`sd_listen_fds_with_names(3)`: its fd store
+/// after a restart, or socket activation), or by what this process was before [`exec_keeping`]. Empty if the variables do not name this
+/// process. They become close-on-exec. Works once per process, at its start, before anything else is opened; later calls give an error.
+pub fn take_passed_fds() -> io::Result<Vec<(String, OwnedFd)>> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     let variable = |name| std::env::var(name).unwrap_or_default();
-    let names = parse_listen(&variable("LISTEN_PID"), &variable("LISTEN_FDS"), &variable("LISTEN_FDNAMES"), std::process::id());
+    let mut passed: Vec<(String, RawFd)> = match parse_kept(&variable(KEPT), std::process::id()) {
+        // The service manager's variables are still there, but their descriptors are among these or gone.
+        kept if !kept.is_empty() => kept,
+        _ => {
+            let names = parse_listen(&variable("LISTEN_PID"), &variable("LISTEN_FDS"), &variable("LISTEN_FDNAMES"), std::process::id());
+            names.into_iter().zip(LISTEN_FDS_START..).collect()
+        }
+    };
     if TAKEN.swap(true, Ordering::Relaxed) {
-        return Err(io::Error::other("the service manager's descriptors were taken before"));
+        return Err(io::Error::other("passed descriptors were taken before"));
     }
-    let mut taken = Vec::with_capacity(names.len());
-    for (name, number) in names.into_iter().zip(LISTEN_FDS_START..) {
+    passed.sort_by_key(|(_, number)| *number);
+    passed.dedup_by_key(|(_, number)| *number);
+    let mut taken = Vec::with_capacity(passed.len());
+    for (name, number) in passed {
         // SAFETY: the number is borrowed for one call that fails with EBADF if it is not open.
         rustix::io::fcntl_setfd(unsafe { BorrowedFd::borrow_raw(number) }, rustix::io::FdFlags::CLOEXEC)?;
-        // SAFETY: the descriptor is open (the call above) and, by the protocol, ours: LISTEN_PID names this process. `TAKEN` lets this happen
-        // once, so nobody else here owns it.
+        // SAFETY: the descriptor is open (the call above) and, by either protocol, ours: the variable names this process. Each number comes once,
+        // and `TAKEN` lets this happen once, at the start, so nobody else here owns it.
         taken.push((name, unsafe { OwnedFd::from_raw_fd(number) }));
     }
     Ok(taken)
+}
+
+/// Variable of [`exec_keeping`]: the process id, then `name=number` for each descriptor, separated by colons.
+const KEPT: &str = "SLIPWAYD_KEPT_FDS";
+
+/// Turns this process into `program` with `args`; it keeps its process id, and `fds` as [`take_passed_fds`] will give them. Comes back only with
+/// an error, and then nothing has changed. Names have no `=` and no `:`.
+pub fn exec_keeping<S: AsRef<OsStr>>(program: &Path, args: &[S], fds: &[(&str, BorrowedFd<'_>)]) -> io::Error {
+    let inheritable = |flags| fds.iter().try_for_each(|(_, fd)| rustix::io::fcntl_setfd(fd, flags));
+    if let Err(error) = inheritable(rustix::io::FdFlags::empty()) {
+        return error.into();
+    }
+    let entries = fds.iter().map(|(name, fd)| format!(":{name}={}", fd.as_raw_fd()));
+    let kept = format!("{}{}", std::process::id(), entries.collect::<String>());
+    let error = Command::new(program).args(args).env(KEPT, kept).exec();
+    match inheritable(rustix::io::FdFlags::CLOEXEC) {
+        Ok(()) => error,
+        Err(error) => error.into(),
+    }
+}
+
+/// Names and numbers in the value of [`KEPT`]. Empty if it is not for `own_pid`; entries that make no sense are left out.
+fn parse_kept(value: &str, own_pid: u32) -> Vec<(String, RawFd)> {
+    let mut parts = value.split(':');
+    if parts.next().and_then(|pid| pid.parse().ok()) != Some(own_pid) {
+        return Vec::new();
+    }
+    let entry = |part: &str| {
+        let (name, number) = part.split_once('=')?;
+        let number = number.parse().ok().filter(|number| *number >= LISTEN_FDS_START)?;
+        (!name.is_empty()).then(|| (name.to_owned(), number))
+    };
+    parts.filter_map(entry).collect()
 }
 
 /// Names of the passed descriptors, in order; those without a name get systemd's "unknown". Empty if the variables are not for `own_pid` or
@@ -202,6 +246,27 @@ mod tests {
         check("7", "x", "a", &[]);
         check("7", "99999999", "a", &[]);
         check("7", "-1", "a", &[]);
+    }
+
+    #[test]
+    fn kept_descriptors_are_for_the_same_process_only() {
+        let check = |value: &str, expected: &[(&str, RawFd)]| {
+            let expected: Vec<_> = expected.iter().map(|(name, number)| ((*name).to_owned(), *number)).collect();
+            assert_eq!(parse_kept(value, 7), expected, "{value:?}");
+        };
+        check("", &[]);
+        check("8:a=3", &[]);
+        check("7", &[]);
+        check("7:a=3:b-c=12", &[("a", 3), ("b-c", 12)]);
+        check("7:a=2:b=-1:c=x:=5:d:e=9", &[("e", 9)]);
+    }
+
+    #[test]
+    fn a_program_that_cannot_be_run_changes_nothing() {
+        let (a, _b) = crate::fdpass::pair().expect("socketpair");
+        let error = exec_keeping(Path::new("/nonexistent"), &["x"], &[("a", a.as_fd())]);
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(rustix::io::fcntl_getfd(&a).expect("flags").contains(rustix::io::FdFlags::CLOEXEC));
     }
 
     #[test]

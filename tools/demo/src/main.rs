@@ -124,13 +124,13 @@ fn demonstrate(layers: &Path, style: &Style) -> Result<Report> {
         lazy.run.output
     );
     println!("{}", report::line(&lazy));
+    check_registry_served(&built, &ordinary, &lazy).with_context(|| format!("slipwayd's log:\n{}", node.log()))?;
     step(style, "(d) And again, warm")?;
     let lazy_again = node.again(&registry, &reference, &disk)?;
     println!("{}", report::line(&lazy_again));
     let cached = node.cached_bytes()?;
     drop(node);
 
-    check_registry_served(&built, &ordinary, &lazy)?;
     step(style, "Clean up")?;
     Ok(Report {
         image: image.uncompressed(),

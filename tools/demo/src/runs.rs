@@ -87,6 +87,11 @@ impl Node {
         Ok(Measured { pull: 0.0, run, registry: registry.blob_bytes(mark), store: disk.bytes_read()? - before })
     }
 
+    /// What the node daemon has logged.
+    pub fn log(&self) -> String {
+        self.slipwayd.log()
+    }
+
     /// Bytes the local cache occupies on disk.
     pub fn cached_bytes(&self) -> Result<u64> {
         disk_usage(&self.slipwayd.state().join("cache"))
