@@ -121,6 +121,7 @@ fn opaque_directories_hide_children_below() {
     check(&["d/ 711, d/a=1", "d/!:, d/b=2"], "d/ 711, d/b=2");
     check(&["d/, d/a=1", "d/!", "d/c=3"], "d/, d/c=3");
     check(&["d=1", "d/!"], "d/");
+    check(&["d/, d/e/ 711, d/e/f=1", "d/!, d/e/g=2"], "d/, d/e/ 711, d/e/g=2");
 }
 
 #[test]

@@ -22,6 +22,9 @@ use super::header::Refusal;
 /// Symbolic links followed for one path, as in containerd (continuity, `fs/path.go`).
 const MAX_SYMLINKS: usize = 255;
 
+/// Permissions of a directory that nothing describes, as in containerd (mkparent).
+const NEW_DIR_MODE: u16 = 0o755;
+
 const WHITEOUT: &[u8] = b".wh.";
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
@@ -124,6 +127,9 @@ impl Upper {
         let mut names = clean(path);
         let Some(name) = names.pop() else { return Ok(Intent::Ignore) };
         let (way, _) = self.resolve(&names)?;
+        if name.starts_with(WHITEOUT) && self.is_whited_out(&way) {
+            return Ok(Intent::Done);
+        }
         let parent = self.make_dirs(&way)?;
         if name == OPAQUE {
             self.dirs[parent.0].opaque = true;
@@ -174,9 +180,42 @@ impl Upper {
     fn white_out(&mut self, parent: DirId, name: &[u8]) {
         match self.dirs[parent.0].children.get(name) {
             None => _ = self.dirs[parent.0].children.insert(name.to_vec(), Child::Whiteout),
+            Some(&Child::Dir(dir)) if self.is_hollow(dir) => _ = self.dirs[parent.0].children.insert(name.to_vec(), Child::Whiteout),
             Some(&Child::Dir(dir)) => self.dirs[dir.0].opaque = true,
             Some(_) => (),
         }
+    }
+
+    /// Whether this layer removes something on the way, so that there is nothing at its end to remove.
+    fn is_whited_out(&self, way: &[Vec<u8>]) -> bool {
+        let mut dir = Self::ROOT;
+        for name in way {
+            match self.dirs[dir.0].children.get(name) {
+                Some(&Child::Dir(child)) => dir = child,
+                Some(Child::Whiteout) => return true,
+                Some(_) | None => return false,
+            }
+        }
+        false
+    }
+
+    /// Whether the directory is only there for whiteouts in it.
+    fn is_hollow(&self, dir: DirId) -> bool {
+        let mut todo = vec![dir];
+        while let Some(dir) = todo.pop() {
+            let dir = &self.dirs[dir.0];
+            if dir.attr.is_some() {
+                return false;
+            }
+            for child in dir.children.values() {
+                match child {
+                    Child::Dir(child) => todo.push(*child),
+                    Child::Whiteout => (),
+                    Child::File(_) | Child::LowerLink(_) => return false,
+                }
+            }
+        }
+        true
     }
 
     fn put_dir(&mut self, parent: DirId, name: Vec<u8>, attr: Attr) {
@@ -293,9 +332,11 @@ impl Upper {
                 Some(&Child::Dir(child)) => child,
                 Some(Child::File(_) | Child::LowerLink(_)) => return malformed("what it is in is not a directory"),
                 there => {
+                    // In place of a whiteout it is new; otherwise it may be there below, and only the fold knows.
                     let opaque = there.is_some();
+                    let attr = opaque.then(|| Attr { mode: NEW_DIR_MODE, ..Attr::default() });
                     let child = DirId(self.dirs.len());
-                    self.dirs.push(Dir { opaque, ..Dir::default() });
+                    self.dirs.push(Dir { attr, opaque, ..Dir::default() });
                     self.dirs[dir.0].children.insert(name.clone(), Child::Dir(child));
                     self.count(&way[..depth], name.len());
                     child
@@ -310,8 +351,28 @@ impl Upper {
         Child::Dir(DirId(self.dirs.len() - 1))
     }
 
+    /// Drops whiteouts, and directories that are only there for them, where the layer hides what is below anyway.
+    fn prune(&mut self) {
+        let mut todo = vec![(Self::ROOT, false)];
+        while let Some((dir, hidden)) = todo.pop() {
+            let hidden = hidden || self.dirs[dir.0].opaque;
+            let mut children = std::mem::take(&mut self.dirs[dir.0].children);
+            children.retain(|_, child| match child {
+                Child::Dir(child) if hidden && self.is_hollow(*child) => false,
+                Child::Dir(child) => {
+                    todo.push((*child, hidden));
+                    true
+                }
+                Child::Whiteout => !hidden,
+                Child::File(_) | Child::LowerLink(_) => true,
+            });
+            self.dirs[dir.0].children = children;
+        }
+    }
+
     /// The layer's entries in path order, contents by way of `content`. The first name of a file holds it, further ones link to that.
-    pub fn into_entries(self, mut content: impl FnMut(Body) -> Content) -> Vec<Entry> {
+    pub fn into_entries(mut self, mut content: impl FnMut(Body) -> Content) -> Vec<Entry> {
+        self.prune();
         let Upper { dirs, files, .. } = self;
         let mut dirs: Vec<Option<Dir>> = dirs.into_iter().map(Some).collect();
         let mut files: Vec<Option<File>> = files.into_iter().map(Some).collect();

@@ -120,9 +120,15 @@ fn whiteouts_are_for_layers_below() {
     check("a=1, .wh.a", "a=1");
     check(".wh.d, d/, d/a=1", "d/!, d/a=1");
     check("d/, d/a=1, .wh.d", "d/!, d/a=1");
-    check(".wh.d, d/a=1", "d/!:, d/a=1");
+    check(".wh.d, d/a=1", "d/! 755, d/a=1");
     check("d/a=1, .wh.d", "d/!:, d/a=1");
     check(".wh.a, a@b", "a@b");
+    // Of what is removed nothing need be removed, whichever comes first.
+    check("d/.wh.a, .wh.d", "-d");
+    check(".wh.d, d/.wh.a, d/.wh..wh..opq, d/e/.wh.f", "-d");
+    check("d/e/.wh.a, d/e/f=1, .wh.d", "d/!:, d/e/:, d/e/f=1");
+    check("d/e/.wh.a, d/f=1, .wh.d", "d/!:, d/f=1");
+    check("d/.wh..wh..opq, d/.wh.a, d/e/.wh.b, d/g/", "d/!:, d/g/");
     check("a!", "-a");
     check("a=1, a!", "-a");
     for bad in [".wh.", ".wh..", ".wh...", "d/.wh...", "d/.wh."] {
