@@ -320,3 +320,128 @@ impl Drop for Fill {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use uapi::buffer::Buffer;
+
+    use super::*;
+    use crate::cache::fake::Sample;
+
+    const UNIT: UnitIndex = UnitIndex(1);
+
+    fn pack() -> (Sample, Arc<Pack>) {
+        let sample = Sample::mixed(1, 3 * 65_536);
+        let pack = sample.pack();
+        (sample, pack)
+    }
+
+    fn verified(sample: &Sample) -> Verified {
+        let mut bytes = Buffer::new(65_536);
+        bytes.copy_from_slice(&sample.bytes[65_536..2 * 65_536]);
+        Verified::check(sample.pack().table(), UNIT, bytes).expect("the unit's own bytes")
+    }
+
+    fn fill(pack: &Arc<Pack>) -> Fill {
+        match pack.claim(UNIT, Wants::Bytes) {
+            Claim::Fill(fill) => fill,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn wait(pack: &Arc<Pack>, wants: Wants) -> Wait {
+        match pack.claim(UNIT, wants) {
+            Claim::Wait(wait) => wait,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// What a wait has come to: `None` if it has not ended.
+    fn outcome(wait: Wait) -> Option<Result<(), Unfilled>> {
+        wait.done().now_or_never().map(|outcome| outcome.map(drop))
+    }
+
+    #[test]
+    fn bytes_come_when_verified_and_the_unit_is_ready_when_stored() {
+        let (sample, pack) = pack();
+        let fill = fill(&pack);
+        assert!(!fill.is_cached() && pack.claim_absent(UNIT).is_none());
+        let (early, early_stored) = (wait(&pack, Wants::Bytes), wait(&pack, Wants::Stored));
+        let verified = verified(&sample);
+        fill.verified(&verified);
+        assert_eq!(outcome(early), Some(Ok(())));
+        assert_eq!(outcome(wait(&pack, Wants::Bytes)), Some(Ok(())));
+        assert_eq!(outcome(wait(&pack, Wants::Stored)), None);
+        assert!(!pack.units().is_ready(UNIT));
+        fill.stored(verified);
+        assert_eq!(outcome(early_stored), Some(Ok(())));
+        assert!(pack.units().is_ready(UNIT) && matches!(pack.claim(UNIT, Wants::Stored), Claim::Ready));
+    }
+
+    #[test]
+    fn a_failed_fill_says_so_and_the_next_asker_fills() {
+        let (_, pack) = pack();
+        let fill_one = fill(&pack);
+        let (bytes, stored) = (wait(&pack, Wants::Bytes), wait(&pack, Wants::Stored));
+        fill_one.failed(Errno::IO);
+        assert_eq!(outcome(bytes), Some(Err(Unfilled::Failed(Errno::IO))));
+        assert_eq!(outcome(stored), Some(Err(Unfilled::Failed(Errno::IO))));
+        assert!(pack.claim_absent(UNIT).is_some());
+    }
+
+    #[test]
+    fn a_dropped_fill_frees_those_who_wait() {
+        let (_, pack) = pack();
+        let fill_one = fill(&pack);
+        let waiting = wait(&pack, Wants::Bytes);
+        drop(fill_one);
+        assert_eq!(outcome(waiting), Some(Err(Unfilled::Dropped)));
+        drop(fill(&pack));
+    }
+
+    #[test]
+    fn what_an_earlier_life_stored_stays_so_until_it_is_found_wrong() {
+        let (sample, _) = pack();
+        let mut saved = Saved::nothing(3);
+        saved.present.insert(UNIT);
+        let pack = sample.pack_with(&saved);
+        assert!(!pack.units().is_ready(UNIT) && pack.claim_absent(UNIT).is_none(), "look-ahead leaves it alone");
+        drop(fill(&pack));
+        let mut checking = fill(&pack);
+        assert!(checking.is_cached(), "a check that was cut short decides nothing");
+        assert!(!pack.units().has_changed());
+        checking.not_cached();
+        let map = pack.units().to_save().expect("a unit was lost");
+        assert_eq!((map.generation, map.present.count()), (1, 0));
+        drop(checking);
+        assert!(!fill(&pack).is_cached());
+    }
+
+    #[test]
+    fn maps_hold_what_is_stored_and_are_saved_when_that_changes() {
+        let (sample, pack) = pack();
+        assert_eq!(pack.units().to_save(), None);
+        fill(&pack).stored(verified(&sample));
+        let map = pack.units().to_save().expect("a unit was stored");
+        assert!(map.present.has(UNIT) && !pack.units().has_changed() && !pack.units().is_saved(UNIT));
+        pack.units().not_saved();
+        let map = pack.units().to_save().expect("it was not saved");
+        pack.units().saved(map);
+        assert!(pack.units().is_saved(UNIT) && !pack.units().all_durable());
+        pack.units().lose(UNIT);
+        assert!(!pack.units().is_ready(UNIT));
+        let map = pack.units().to_save().expect("a unit was lost");
+        assert_eq!((map.generation, map.present.count()), (2, 0));
+    }
+
+    #[test]
+    fn a_mark_is_taken_once_and_outlives_changes_of_state() {
+        let (sample, pack) = pack();
+        pack.units().mark(UNIT);
+        fill(&pack).stored(verified(&sample));
+        assert!(pack.units().is_ready(UNIT));
+        assert!(pack.units().take_mark(UNIT) && !pack.units().take_mark(UNIT));
+        assert!(pack.units().is_ready(UNIT));
+    }
+}

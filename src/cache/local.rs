@@ -131,3 +131,79 @@ fn removed(path: &Path) -> io::Result<()> {
 fn at<T>(path: &Path, action: &'static str, result: io::Result<T>) -> Result<T, CacheError> {
     result.map_err(|source| CacheError { action, path: path.to_owned(), source })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::UnitIndex;
+    use crate::cache::fake::Sample;
+
+    /// A cache in which the pack's unit 1 is stored and saved.
+    fn cache_with_a_unit() -> (tempfile::TempDir, LocalCache, Sample) {
+        let (dir, sample) = (tempfile::tempdir().unwrap(), Sample::mixed(1, 3 * 65_536));
+        let cache = LocalCache::open(dir.path()).unwrap();
+        cache.pack(sample.pack().table().clone()).unwrap();
+        save(&cache, &sample);
+        (dir, cache, sample)
+    }
+
+    fn save(cache: &LocalCache, sample: &Sample) {
+        let mut saved = Saved { generation: 1, ..Saved::nothing(3) };
+        saved.present.insert(UnitIndex(1));
+        let (at, slot) = presence::encode(&sample.digest(), &saved);
+        open_or_create(&cache.path("map", &sample.digest())).unwrap().write_all_at(&slot, at).unwrap();
+    }
+
+    fn counts(cache: &LocalCache, sample: &Sample) -> bool {
+        cache.pack(sample.pack().table().clone()).unwrap().units().is_saved(UnitIndex(1))
+    }
+
+    #[test]
+    fn a_new_pack_is_a_sparse_file_under_two_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = LocalCache::open(dir.path()).unwrap();
+        let sample = Sample::mixed(2, 3 * 65_536);
+        cache.pack(sample.pack().table().clone()).unwrap();
+        let served = fs::metadata(cache.served(&sample.digest())).unwrap();
+        assert_eq!((served.len(), served.blocks(), served.nlink()), (3 * 65_536, 0, 2));
+    }
+
+    #[test]
+    fn what_was_saved_counts_as_long_as_the_file_is_as_it_was() {
+        let (_dir, cache, sample) = cache_with_a_unit();
+        assert!(counts(&cache, &sample));
+        let (serve, fill) = (cache.path("serve", &sample.digest()), cache.path("fill", &sample.digest()));
+        type Spoil<'a> = (&'a str, &'a dyn Fn());
+        let spoils: [Spoil<'_>; 5] = [
+            ("shortened", &|| File::options().write(true).open(&fill).unwrap().set_len(4096).unwrap()),
+            ("lengthened", &|| File::options().write(true).open(&fill).unwrap().set_len(1 << 20).unwrap()),
+            ("without its served name", &|| fs::remove_file(&serve).unwrap()),
+            ("without our name", &|| fs::remove_file(&fill).unwrap()),
+            ("two files", &|| {
+                fs::remove_file(&fill).unwrap();
+                fs::copy(&serve, &fill).unwrap();
+            }),
+        ];
+        for (what, spoil) in spoils {
+            spoil();
+            assert!(!counts(&cache, &sample), "{what}");
+            assert_eq!(fs::metadata(&serve).unwrap().len(), 3 * 65_536, "{what}");
+            assert!(!counts(&cache, &sample), "{what}: the map is empty on disk as well");
+            save(&cache, &sample);
+            assert!(counts(&cache, &sample), "{what}, saved again");
+        }
+    }
+
+    #[test]
+    fn kept_tables_come_back_as_they_were() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = LocalCache::open(dir.path()).unwrap();
+        let pack = Digest::of(b"pack");
+        assert_eq!(cache.tables(&pack), None);
+        let footer = vec![7; 4096];
+        cache.keep_tables(&pack, &footer, b"table").unwrap();
+        assert_eq!(cache.tables(&pack), Some((footer, b"table".to_vec())));
+        fs::write(cache.path("table", &pack), b"short").unwrap();
+        assert_eq!(cache.tables(&pack), None);
+    }
+}

@@ -212,3 +212,75 @@ impl ChunkStore for FakeChunks {
         Ok(buffer)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// A name and bytes that could be its pack's.
+    fn pack_file() -> (Digest, Vec<u8>) {
+        (Digest::of(b"pack"), (0..70_000u32).map(|i| (i * 7919 >> 5) as u8).collect())
+    }
+
+    /// Bytes of a read of `len` bytes at `offset`, or the variant of the error.
+    async fn read(chunks: &impl ChunkStore, pack: &Digest, offset: u64, len: usize) -> Result<Vec<u8>, &'static str> {
+        match chunks.read(pack, offset, Buffer::new(len)).await {
+            Ok(buffer) => Ok(buffer.to_vec()),
+            Err(ChunkError::Open { .. }) => Err("open"),
+            Err(ChunkError::Read { .. }) => Err("read"),
+        }
+    }
+
+    #[test]
+    fn the_store_gives_exact_ranges_or_an_error_and_recovers_by_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pack, file) = pack_file();
+        let path = dir.path().join("store").join(Name::Pack(pack).path());
+        let chunks = UfsChunks::new(Arc::new(StoreHandle::new(dir.path().join("store"))));
+        tokio_uring::start(async {
+            assert_eq!(read(&chunks, &pack, 0, 1).await, Err("open"), "no store yet");
+            Store::create(&dir.path().join("store")).unwrap();
+            assert_eq!(read(&chunks, &pack, 0, 1).await, Err("open"), "no pack yet");
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, &file).unwrap();
+            for (offset, len) in [(0, 1), (4096, 5000), (0, file.len()), (file.len() - 1, 1)] {
+                assert_eq!(read(&chunks, &pack, offset as u64, len).await.as_deref(), Ok(&file[offset..offset + len]));
+            }
+            assert_eq!(read(&chunks, &pack, 1, file.len()).await, Err("read"), "one byte too far");
+            fs::remove_file(&path).unwrap();
+            assert_eq!(read(&chunks, &pack, 0, 1).await, Err("open"), "opened anew after the error");
+        });
+    }
+
+    #[test]
+    fn a_hung_store_does_not_hold_up_the_ring() {
+        let dir = tempfile::tempdir().unwrap();
+        let chunks = UfsChunks::new(Arc::new(StoreHandle::new(dir.path().to_owned())));
+        let held = chunks.store.open.lock().unwrap();
+        tokio_uring::start(async {
+            let short = Duration::from_millis(50);
+            assert!(tokio::time::timeout(short, chunks.read(&Digest::of(b"p"), 0, Buffer::new(1))).await.is_err());
+        });
+        drop(held);
+    }
+
+    #[test]
+    fn fakes_go_wrong_as_told() {
+        let (pack, file) = pack_file();
+        let chunks = FakeChunks::new();
+        chunks.put(pack, file.clone());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async {
+            chunks.fault(1, Fault::Corrupt);
+            chunks.fault(2, Fault::Truncate);
+            assert_eq!(read(&chunks, &pack, 5, 10).await.as_deref(), Ok(&file[5..15]));
+            let corrupt = read(&chunks, &pack, 5, 10).await.unwrap();
+            assert_eq!(corrupt.iter().zip(&file[5..15]).filter(|(a, b)| a != b).count(), 1);
+            assert_eq!(read(&chunks, &pack, 5, 10).await, Err("read"));
+            assert_eq!(read(&chunks, &pack, 5, 10).await.as_deref(), Ok(&file[5..15]));
+            assert_eq!(chunks.log(), [(5, 10); 4]);
+        });
+    }
+}
