@@ -1,11 +1,11 @@
 #!/bin/bash
 # Makes a newer erofs-utils than the system's usable without touching the system, and prints the directory with its mkfs.erofs,
 # fsck.erofs and dump.erofs. Debian's packages of a later suite are unpacked, their own libc included, into
-# ${SLIPWAY_CACHE:-~/.cache/slipway}/erofs-utils.
+# ${SLIPWAY_CACHE:-~/.cache/slipway}/newer-erofs.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 suite=trixie
-out=${SLIPWAY_CACHE:-$HOME/.cache/slipway}/erofs-utils/$suite
+out=${SLIPWAY_CACHE:-$HOME/.cache/slipway}/newer-erofs/$suite
 if [ ! -d "$out/bin" ]; then
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
