@@ -23,9 +23,10 @@ lint: ## formatting and clippy, warnings are errors
 demo: ## a real image, pulled the ordinary way and through Slipway, side by side
 	@tools/ci/demo.sh
 
-bench: ## the benchmarks (ratios within one run)
-	@tools/ci/packages.sh test
-	$(CARGO) bench --workspace
+bench: ## the benchmarks: every figure beside a reference measured in the same run
+	@tools/ci/packages.sh build test demo
+	$(CARGO) build --release --workspace --bins
+	$(CARGO) bench --bench whole
 
 fuzz: ## every fuzz target for SECONDS_EACH (default 60) seconds
 	@tools/ci/fuzz.sh $(or $(SECONDS_EACH),60)

@@ -12,7 +12,8 @@ pub const WORKLOAD: [&str; 3] = ["/bin/sh", "-c", "echo started; exec python3 /o
 /// One layer as the script left it.
 #[derive(Debug)]
 pub struct DemoLayer {
-    file: PathBuf,
+    /// The gzip file.
+    pub file: PathBuf,
     diff_id: String,
     compressed: u64,
     uncompressed: u64,
@@ -49,11 +50,17 @@ impl DemoImage {
         self.layers.iter().map(|layer| layer.uncompressed).sum()
     }
 
-    /// Makes an OCI layout of the layers in `layout` and pushes it.
-    pub fn push(&self, layout: &Path, reference: &str) -> Result<BuiltImage> {
-        let layout = Layout::create(layout)?;
+    /// Makes an OCI layout of the layers in `dir`, tagged `demo`.
+    pub fn lay_out(&self, dir: &Path) -> Result<(Layout, BuiltImage)> {
+        let layout = Layout::create(dir)?;
         let image = self.layers.iter().fold(Image::new(), |image, layer| image.layer_file(&layer.file, Compression::Gzip, &layer.diff_id));
         let built = layout.add("demo", &image)?;
+        Ok((layout, built))
+    }
+
+    /// Makes the layout in `dir` and pushes it.
+    pub fn push(&self, dir: &Path, reference: &str) -> Result<BuiltImage> {
+        let (layout, built) = self.lay_out(dir)?;
         layout.push("demo", reference)?;
         Ok(built)
     }

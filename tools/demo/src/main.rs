@@ -3,10 +3,6 @@
 //!
 //! Everything runs on this machine with daemons, directories and a disk of its own, and is gone afterwards, also after Ctrl-C.
 
-mod image;
-mod report;
-mod runs;
-
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,11 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
+use slipway_demo::image::DemoImage;
+use slipway_demo::report::{self, Report, Style};
+use slipway_demo::runs::{self, Measured};
 use testbed::{Converter, LoopFs, Registry, Scratch, drop_caches, need};
-
-use crate::image::DemoImage;
-use crate::report::{Report, Style};
-use crate::runs::Measured;
 
 /// Shows a real image pulled the ordinary way and started through Slipway, side by side.
 #[derive(Debug, Parser)]

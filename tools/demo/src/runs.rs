@@ -49,9 +49,9 @@ pub fn ordinary(dir: &Path, registry: &Registry, reference: &str) -> Result<(Mea
     drop_caches()?;
     let mark = registry.mark();
     let pull = pull(&containerd, reference)?;
-    let run = run(&containerd, reference, "ordinary-1")?;
-    let measured = Measured { pull, run, registry: registry.blob_bytes(mark), store: 0 };
-    let again = self::run(&containerd, reference, "ordinary-2")?;
+    let first = run(&containerd, reference, "ordinary-1")?;
+    let measured = Measured { pull, run: first, registry: registry.blob_bytes(mark), store: 0 };
+    let again = run(&containerd, reference, "ordinary-2")?;
     Ok((measured, again))
 }
 
@@ -92,20 +92,27 @@ impl Node {
         self.slipwayd.log()
     }
 
+    /// The node's containerd.
+    pub fn containerd(&self) -> &Containerd {
+        &self.containerd
+    }
+
     /// Bytes the local cache occupies on disk.
     pub fn cached_bytes(&self) -> Result<u64> {
         disk_usage(&self.slipwayd.state().join("cache"))
     }
 }
 
-fn pull(containerd: &Containerd, reference: &str) -> Result<f64> {
+/// Pulls as the kubelet does; seconds.
+pub fn pull(containerd: &Containerd, reference: &str) -> Result<f64> {
     let mut cri = containerd.cri()?;
     let start = Instant::now();
     cri.pull(reference)?;
     Ok(start.elapsed().as_secs_f64())
 }
 
-fn run(containerd: &Containerd, reference: &str, id: &str) -> Result<Run> {
+/// Runs the workload in a new container of an image that is here.
+pub fn run(containerd: &Containerd, reference: &str, id: &str) -> Result<Run> {
     let mut command = containerd.run_command(reference, id, &WORKLOAD);
     let start = Instant::now();
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("ctr cannot be started")?;
