@@ -26,7 +26,7 @@ demo: ## a real image, pulled the ordinary way and through Slipway, side by side
 bench: ## the benchmarks: every figure beside a reference measured in the same run
 	@tools/ci/packages.sh build test demo
 	$(CARGO) build --release --workspace --bins
-	$(CARGO) bench --bench whole
+	$(CARGO) bench --bench data_path --bench whole
 
 fuzz: ## every fuzz target for SECONDS_EACH (default 60) seconds
 	@tools/ci/fuzz.sh $(or $(SECONDS_EACH),60)
