@@ -89,7 +89,7 @@ pub struct SourceArgs {
     /// The image's source.
     #[arg(value_name = "SOURCE")]
     pub source: String,
-    /// Platform to take from an image for several [default: this machine's]
+    /// Platform to take from an image for several [default: this machine's; for check, that of the converted image]
     #[arg(long, value_name = "OS/ARCH")]
     pub platform: Option<Platform>,
     /// Use HTTP without TLS also for a registry that is not on this machine

@@ -13,6 +13,7 @@ pub mod pipe;
 pub mod unpack;
 pub mod journal;
 pub mod leftovers;
+pub mod pack_file;
 pub mod convert;
 pub mod check;
 pub mod inspect;

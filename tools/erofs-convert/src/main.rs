@@ -12,11 +12,11 @@ use erofs_convert::failure::Failure;
 use erofs_convert::inspect;
 use erofs_convert::progress::Progress;
 use erofs_convert::stop;
-use slipway::oci::{OciError, Platform, Source};
+use slipway::oci::{Platform, Source};
 use slipway::store::Store;
 use tracing_subscriber::EnvFilter;
 
-use cli::{Cli, Command, SourceArgs};
+use cli::{Cli, Command};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -50,7 +50,8 @@ fn run(command: Command, runtime: &tokio::runtime::Handle) -> Result<(), Failure
     let context = Context { runtime, stop: &stop, progress: &progress };
     let (text, json) = match command {
         Command::Convert(args) => {
-            let (source, platform) = resolve(&args.source)?;
+            let source = Source::parse(&args.source.source, args.source.plain_http)?;
+            let platform = args.source.platform.clone().unwrap_or_else(Platform::host);
             let (state, key, jobs) = (args.state_dir(), args.key_file(), args.jobs());
             let done = convert(&context, &Options { source, platform, store: args.store.store, state, key, jobs })?;
             (convert::report::text(&done), args.output.json.then(|| convert::report::json(&done)))
@@ -67,17 +68,16 @@ fn run(command: Command, runtime: &tokio::runtime::Handle) -> Result<(), Failure
         Command::Check { image, source, store, output } => {
             let store = Store::open(&store.store)?;
             let root = inspect::find(&store, &image)?;
-            let (source, platform) = resolve(&source)?;
+            // What was converted is compared, whatever this machine is.
+            let converted = root.platform.parse().unwrap_or_else(|_| Platform::host());
+            let platform = source.platform.clone().unwrap_or(converted);
+            let source = Source::parse(&source.source, source.plain_http)?;
             let differences = check::check(&context, &store, &root, &source, &platform)?;
             print(&check::text(&differences), output.json.then(|| check::json(&differences)))?;
             return verdict(root.source, &differences);
         }
     };
     print(&text, json)
-}
-
-fn resolve(args: &SourceArgs) -> Result<(Source, Platform), OciError> {
-    Ok((Source::parse(&args.source, args.plain_http)?, args.platform.clone().unwrap_or_else(Platform::host)))
 }
 
 fn verdict(image: String, differences: &Differences) -> Result<(), Failure> {

@@ -100,6 +100,9 @@ fn what_is_damaged_in_the_store_is_made_again() {
     ground.run(&["check", "oci:img:1", "oci:img:1"]).assert_failed(1, &["is not in the store"]);
     ground.convert("oci:img:1");
     assert!(fs::read(&pack).unwrap() == whole);
+    fs::write(&pack, &whole[..whole.len() - 4096]).unwrap();
+    ground.convert("oci:img:1");
+    assert!(fs::read(&pack).unwrap() == whole, "a pack cut short is noticed");
     // A flipped bit is found by check, which names the file.
     let mut damaged = whole;
     damaged[100] ^= 1;

@@ -18,12 +18,13 @@ use slipway::store::{ImageRoot, Store};
 
 pub use compare::Differences;
 use compare::{FileToRead, compare};
-use data::{DataReader, Pack};
+use data::DataReader;
 use model::Model;
 
 use crate::convert::{Context, layer_failure};
 use crate::failure::Failure;
 use crate::layer::ConvertError;
+use crate::pack_file::PackFile;
 use crate::parallel::in_parallel;
 use crate::pipe;
 use crate::stop::{self, StoppableReader};
@@ -85,7 +86,7 @@ fn compare_data(
     mut files: Vec<FileToRead>,
     differences: &mut Differences,
 ) -> Result<(), Failure> {
-    let packs = tree.packs.iter().map(|pack| Pack::open(store, pack)).collect::<Result<Vec<_>, _>>()?;
+    let packs = tree.packs.iter().map(|pack| PackFile::open(store, pack)).collect::<Result<Vec<_>, _>>()?;
     let mut parts = Vec::new();
     while !files.is_empty() {
         let rest = files.split_off(files.len().min(FILES_AT_ONCE));
@@ -106,7 +107,8 @@ fn compare_data(
             match reader.digest(data) {
                 Ok(digest) if digest == *expected => {}
                 Ok(digest) => found.push((file.path, format!("has content with BLAKE3 {expected} in the source, {digest} in the image"))),
-                Err(what) => found.push((file.path, format!("cannot be read from the store: {what}"))),
+                Err(what) => found
+                    .push((file.path, format!("cannot be read from the store: {what}; remove that pack from the store and convert the image again"))),
             }
         }
         Ok((found, bytes))

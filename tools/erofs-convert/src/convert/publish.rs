@@ -9,11 +9,14 @@ use erofs::layer::LayerTree;
 use erofs::meta::Content;
 use erofs::tree::{Body, Tree};
 use slipway::oci::{DiffId, SourceImage};
-use slipway::store::{ImageRoot, Payload, RootLayer, SigningKey, Sizes, Store, record};
+use slipway::store::{ImageRoot, Payload, RootLayer, SigningKey, Sizes, Store, Trust, record};
 
 use super::{Context, Finished, reuse};
 use crate::failure::Failure;
 use crate::parallel::in_parallel;
+
+/// Each fold holds a whole tree and its metadata image, some hundred MB for the largest images.
+const FOLDS_AT_ONCE: usize = 4;
 
 type Outcome = (ImageRoot, Vec<(Digest, u64)>, Vec<bool>);
 
@@ -32,7 +35,16 @@ pub(super) fn publish(
     context.progress.say("folding layers");
     let stop = context.stop.child_token();
     let prefixes = (1..=trees.len()).collect();
-    let folded = in_parallel(jobs, prefixes, &stop, |len| Prefix::fold(store, key, image, &trees[..len], &digests[..len]))?;
+    let trust = Trust(vec![key.public()]);
+    let folded = in_parallel(jobs.min(FOLDS_AT_ONCE), prefixes, &stop, |len| {
+        let (trees, digests) = (&trees[..len], &digests[..len]);
+        let known = if len < image.layers.len() { store.find(&image.layers[len - 1].chain_id, &trust)? } else { None };
+        match known {
+            // We said so ourselves before.
+            Some(payload) if payload.trees == digests => Ok(Prefix { payload, top_bytes: Vec::new() }),
+            _ => Prefix::fold(store, key, image, trees, digests),
+        }
+    })?;
     let (top, top_bytes) = folded.last().map(|prefix| (&prefix.payload, &prefix.top_bytes)).expect("an image has layers");
     store.put_metadata(top_bytes)?;
     for prefix in &folded {

@@ -1,0 +1,56 @@
+//! A pack of the store: its tables verified when it is opened, every unit when it is read.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use erofs::digest::Digest;
+use erofs::meta::PackRef;
+use erofs::pack::{PackTable, decode_unit};
+use slipway::store::{Name, Store, StoreError};
+
+/// An open pack.
+pub struct PackFile {
+    file: File,
+    len: u64,
+    table: PackTable,
+    digest: Digest,
+}
+
+impl PackFile {
+    /// Opens a pack and verifies its tables.
+    pub fn open(store: &Store, pack: &PackRef) -> Result<PackFile, StoreError> {
+        let name = Name::Pack(pack.digest);
+        let damaged = |reason: String| StoreError::Damaged { path: store.dir().join(name.path()), reason };
+        let file = store.open_file(&name)?;
+        let read = |at: u64, len: usize| {
+            let mut bytes = vec![0; len];
+            file.read_exact_at(&mut bytes, at).map(|()| bytes).map_err(|e| damaged(e.to_string()))
+        };
+        let len = file.metadata().map_err(|e| damaged(e.to_string()))?.len();
+        let footer_at = len.checked_sub(PackTable::FOOTER_LEN).ok_or_else(|| damaged("shorter than its footer".to_owned()))?;
+        let footer = PackTable::parse_footer(&pack.digest, &read(footer_at, PackTable::FOOTER_LEN as usize)?);
+        let footer = footer.map_err(|e| damaged(e.to_string()))?;
+        let (at, table_len) = footer.unit_table();
+        let table = PackTable::parse(footer, &read(at, table_len)?).map_err(|e| damaged(e.to_string()))?;
+        if table.pack_ref() != *pack {
+            return Err(damaged("the metadata image says another size of it than its footer".to_owned()));
+        }
+        Ok(PackFile { file, len, table, digest: pack.digest })
+    }
+
+    /// Length of the file.
+    pub fn file_len(&self) -> u64 {
+        self.len
+    }
+
+    /// Unit `index`, uncompressed; or what is wrong with it.
+    pub fn unit(&self, index: u32) -> Result<Vec<u8>, String> {
+        let entry = self.table.unit(index).ok_or_else(|| format!("pack {} has no unit {index}", self.digest))?;
+        let failed = |error: &dyn std::fmt::Display| format!("unit {index} of pack {}: {error}", self.digest);
+        let mut stored = vec![0; entry.stored_len as usize];
+        self.file.read_exact_at(&mut stored, entry.offset).map_err(|e| failed(&e))?;
+        let mut unit = vec![0; self.table.unit_len(index)];
+        decode_unit(entry, &stored, &mut unit).map_err(|e| failed(&e))?;
+        Ok(unit)
+    }
+}
