@@ -189,7 +189,8 @@ impl Device {
         self.command(&dir_command)?;
         self.command(format!("tag {tag}").as_bytes())?;
         for kind in ['b', 'f'] {
-            for (name, percent) in [("run", limits.run), ("cull", limits.cull), ("stop", limits.stop)] {
+            // Each is checked against the others as they are at that moment, the kernel's defaults at first: lowest first fits below those.
+            for (name, percent) in [("stop", limits.stop), ("cull", limits.cull), ("run", limits.run)] {
                 self.command(format!("{kind}{name} {percent}%").as_bytes())?;
             }
         }
