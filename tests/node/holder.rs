@@ -42,6 +42,10 @@ impl Manager {
         let daemon = command(scratch.path(), "exec \"$0\" run --config \"$1\"").stdin(Stdio::null()).spawn().expect("slipwayd starts");
         let mut manager = Manager { scratch, notify, stored: HashMap::new(), daemon };
         manager.wait_for("READY=1");
+        // The connection is kept when the kernel's INIT comes, which on a busy machine may be after the daemon is ready for containerd.
+        if !manager.stored.contains_key("fuse-blob") {
+            manager.wait_for("FDNAME=fuse-blob");
+        }
         manager
     }
 
