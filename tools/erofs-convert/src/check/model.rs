@@ -1,10 +1,11 @@
 //! What the image must be: the layers' archives applied, one after another, to a tree in memory.
 //!
 //! This is a second implementation of what `layer` and `erofs::fold` do together, in another way, so that a mistake in one of them shows.
-//! Entries go straight into the merged tree; every name remembers the layer that put it there. Whiteouts and opaque markers wait
-//! until their layer has ended, and then take away what no entry of that layer put there, so that order within a layer does not matter.
+//! Entries go straight into the merged tree; every name remembers the layer that put it there. Whiteouts take away what is from below at
+//! once. Where their own layer has something, and for opaque markers, they wait until the layer has ended and then take away what no
+//! entry of it put there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 
 use erofs::digest::Digest;
@@ -72,12 +73,13 @@ pub struct Model {
     layer: usize,
 }
 
-/// What waits for the end of its layer.
-enum Removal {
-    /// This name of this directory.
-    Name(NodeId, Vec<u8>),
-    /// Everything in this directory.
-    Children(NodeId),
+/// What a layer takes away.
+#[derive(Default)]
+struct Removals {
+    /// Names it removed and has not put anything at since.
+    gone: BTreeSet<(NodeId, Vec<u8>)>,
+    /// Directories that nothing from below shows through, once the layer has ended.
+    opaque: Vec<NodeId>,
 }
 
 fn bad<T>(path: &[u8], what: &str) -> io::Result<T> {
@@ -110,37 +112,35 @@ impl Model {
     pub fn apply(&mut self, tar: impl Read) -> io::Result<()> {
         self.layer += 1;
         let below = self.clone();
-        let mut removals = Vec::new();
+        let mut removals = Removals::default();
         let mut archive = Archive::new(tar);
         while let Some(member) = archive.next_member()? {
             self.enter(&member, &mut archive, &below, &mut removals)?;
         }
-        for removal in removals {
-            match removal {
-                Removal::Children(dir) => self.prune(dir),
-                Removal::Name(dir, name) => match self.child(dir, &name) {
-                    Some((node, layer)) if layer == self.layer => self.prune(node),
-                    _ => drop(self.children(dir).map(|children| children.remove(&name))),
-                },
-            }
+        for dir in removals.opaque {
+            self.prune(dir);
         }
         Ok(())
     }
 
-    fn enter(&mut self, member: &Member, archive: &mut Archive<impl Read>, below: &Model, removals: &mut Vec<Removal>) -> io::Result<()> {
+    fn enter(&mut self, member: &Member, archive: &mut Archive<impl Read>, below: &Model, removals: &mut Removals) -> io::Result<()> {
         let mut way = names(&member.path);
         // The archive's root entry is ignored, as containerd does.
         let Some(name) = way.pop() else { return Ok(()) };
-        let (dir, way) = self.make_dirs(&member.path, &way)?;
+        // Below what the layer removed there is nothing to remove.
+        if name.starts_with(b".wh.") && self.is_gone(&self.follow(&member.path, &way)?, removals) {
+            return Ok(());
+        }
+        let (dir, way) = self.make_dirs(&member.path, &way, below, removals)?;
         if name == b".wh..wh..opq" {
-            removals.push(Removal::Children(dir));
+            removals.opaque.push(dir);
         } else if name.starts_with(b".wh..wh.") {
         } else if let Some(hidden) = name.strip_prefix(b".wh.") {
-            removals.push(Removal::Name(dir, hidden.to_vec()));
+            self.white_out(dir, hidden, removals);
         } else if member.kind == b'1' {
             self.link(member, dir, &way, name, below)?;
         } else if member.kind == b'5' {
-            self.directory(dir, name, attr_of(member));
+            self.directory(dir, name, attr_of(member), removals);
         } else {
             let body = match member.kind {
                 b'0' => {
@@ -154,6 +154,7 @@ impl Model {
                 // To overlayfs this is a whiteout.
                 b'3' if member.device == (Device { major: 0, minor: 0 }) => {
                     self.children(dir).map(|children| children.remove(&name));
+                    removals.gone.insert((dir, name));
                     return Ok(());
                 }
                 b'3' => Body::Char(member.device),
@@ -167,11 +168,50 @@ impl Model {
         Ok(())
     }
 
-    fn directory(&mut self, dir: NodeId, name: Vec<u8>, attr: Attr) {
+    fn white_out(&mut self, dir: NodeId, name: &[u8], removals: &mut Removals) {
+        match self.child(dir, name) {
+            // The layer's own: only what shows through a directory goes.
+            Some((node, layer)) if layer == self.layer && !self.is_hollow(node) => {
+                if self.is_dir(node) {
+                    removals.opaque.push(node);
+                }
+            }
+            _ => {
+                self.children(dir).map(|children| children.remove(name));
+                removals.gone.insert((dir, name.to_vec()));
+            }
+        }
+    }
+
+    /// The layer removed a directory on the way and has not made it again.
+    fn is_gone(&self, way: &[Vec<u8>], removals: &Removals) -> bool {
+        let mut dir = ROOT;
+        for name in way {
+            match self.child(dir, name) {
+                Some((node, _)) => dir = node,
+                None => return removals.gone.contains(&(dir, name.clone())),
+            }
+        }
+        false
+    }
+
+    /// A directory that this layer has only because of whiteouts in it.
+    fn is_hollow(&self, node: NodeId) -> bool {
+        let Body::Dir(children) = &self.nodes[node].body else { return false };
+        self.nodes[node].listed != Some(self.layer) && children.values().all(|&(child, layer)| layer != self.layer || self.is_hollow(child))
+    }
+
+    fn directory(&mut self, dir: NodeId, name: Vec<u8>, attr: Attr, removals: &mut Removals) {
         let layer = self.layer;
         let node = match self.child(dir, &name) {
             Some((node, _)) if self.is_dir(node) => node,
-            _ => self.add(Node { body: Body::Dir(BTreeMap::new()), attr: Attr::default(), listed: None }),
+            there => {
+                let node = self.add(Node { body: Body::Dir(BTreeMap::new()), attr: Attr::default(), listed: None });
+                if there.is_some_and(|(_, put)| put == layer) || removals.gone.contains(&(dir, name.clone())) {
+                    removals.opaque.push(node);
+                }
+                node
+            }
         };
         let old = &mut self.nodes[node];
         // Listed twice in one layer: the later entry's attributes, and the extended ones of both.
@@ -220,19 +260,24 @@ impl Model {
     }
 
     /// The directory at the end of the way, through this layer's symbolic links, and the way there without them. Makes what is missing.
-    fn make_dirs(&mut self, path: &[u8], way: &[Vec<u8>]) -> io::Result<(NodeId, Vec<Vec<u8>>)> {
+    fn make_dirs(&mut self, path: &[u8], way: &[Vec<u8>], below: &Model, removals: &mut Removals) -> io::Result<(NodeId, Vec<Vec<u8>>)> {
         let way = self.follow(path, way)?;
         let mut dir = ROOT;
         for (depth, name) in way.iter().enumerate() {
             let node = match self.child(dir, name) {
                 Some((node, _)) if self.is_dir(node) => node,
                 Some((_, layer)) if layer == self.layer => return bad(path, "its parent is not a directory"),
-                // Over a lower layer's symbolic link to a directory, a directory like that one.
-                Some(_) => {
-                    let like = self.resolve(&way[..=depth]).map(|node| self.nodes[node].attr.clone());
+                // In place of what the layer removed it is a new directory, as good as listed.
+                None if removals.gone.contains(&(dir, name.clone())) => {
+                    let node = self.add(Node { body: Body::Dir(BTreeMap::new()), attr: Attr::default(), listed: Some(self.layer) });
+                    removals.opaque.push(node);
+                    node
+                }
+                // Otherwise like the directory that is there below, also by way of symbolic links.
+                _ => {
+                    let like = below.resolve(&way[..=depth]).map(|node| below.nodes[node].attr.clone());
                     self.add(Node { body: Body::Dir(BTreeMap::new()), attr: like.unwrap_or_default(), listed: None })
                 }
-                None => self.add(Node { body: Body::Dir(BTreeMap::new()), attr: Attr::default(), listed: None }),
             };
             self.name(dir, name.clone(), node);
             dir = node;
@@ -270,19 +315,18 @@ impl Model {
         way.iter().try_fold(ROOT, |dir, name| self.child(dir, name).map(|(node, _)| node)).filter(|&node| self.is_dir(node))
     }
 
-    /// Takes away what this layer did not put there. What stays without having been listed is a directory like any new one.
+    /// Takes away what this layer did not put there, and what is only there for whiteouts, of which none is needed here. Directories
+    /// that the layer only implies keep the attributes they have from below.
     fn prune(&mut self, dir: NodeId) {
-        let layer = self.layer;
-        let Some(children) = self.children(dir) else { return };
-        children.retain(|_, (_, put)| *put == layer);
-        for node in children.values().map(|(node, _)| *node).collect::<Vec<_>>() {
-            if self.is_dir(node) {
-                if self.nodes[node].listed != Some(layer) {
-                    self.nodes[node].attr = Attr::default();
-                }
-                self.prune(node);
-            }
-        }
+        let Body::Dir(children) = &self.nodes[dir].body else { return };
+        let kept: BTreeMap<_, _> = children
+            .iter()
+            .filter(|(_, (node, put))| *put == self.layer && !self.is_hollow(*node))
+            .map(|(name, there)| (name.clone(), *there))
+            .collect();
+        let nodes: Vec<NodeId> = kept.values().map(|(node, _)| *node).collect();
+        self.nodes[dir].body = Body::Dir(kept);
+        nodes.into_iter().for_each(|node| self.prune(node));
     }
 
     fn add(&mut self, node: Node) -> NodeId {
@@ -398,11 +442,15 @@ mod tests {
         let d = |path: &str| Entry::dir(path).mode(0o711);
         let w = Entry::whiteout;
         check(&[&[f("a"), f("b")], &[w("a")]], "/b");
-        check(&[&[d("d"), f("d/a")], &[w("d"), f("d/b")]], "/d 711 /d/b");
+        check(&[&[d("d"), f("d/a")], &[w("d"), f("d/b")]], "/d /d/b");
         check(&[&[d("d"), f("d/a")], &[f("d/b"), w("d")]], "/d 711 /d/b");
         check(&[&[d("d"), f("d/a")], &[w("d")], &[f("d/b")]], "/d /d/b");
         check(&[&[d("d"), f("d/a")], &[f("d/b"), Entry::opaque("d")]], "/d 711 /d/b");
-        check(&[&[d("d"), d("d/e"), f("d/e/a")], &[f("d/e/b"), Entry::opaque("d")]], "/d 711 /d/e /d/e/b");
+        check(&[&[d("d"), d("d/e"), f("d/e/a")], &[f("d/e/b"), Entry::opaque("d")]], "/d 711 /d/e 711 /d/e/b");
+        check(&[&[d("d"), f("d/a")], &[w("d/a"), w("d")]], "");
+        check(&[&[d("d"), f("d/a")], &[w("d"), w("d/a")]], "");
+        check(&[&[d("d"), f("d/a"), f("d/c")], &[w("d/a"), f("d/b"), w("d")]], "/d 711 /d/b");
+        check(&[&[f("b")], &[w("x/y")]], "/b /x");
         check(&[&[f("a")], &[f("a"), w("a")]], "/a");
         check(&[&[d("d"), f("d/a")], &[f("d")]], "/d");
         check(&[&[d("u"), f("u/a"), Entry::symlink("l", "u")], &[f("l/b")]], "/l 711 /l/b /u 711 /u/a");
