@@ -41,7 +41,6 @@ const LAYER_TYPES: [&str; 11] = [
 
 /// A manifest or an index.
 #[derive(Clone, Debug)]
-#[expect(clippy::large_enum_variant, reason = "one at a time, on its way to being looked into")]
 pub enum Document {
     /// Leads to manifests, one per platform.
     Index(Box<ImageIndex>),

@@ -221,7 +221,7 @@ mod tests {
 
     /// A name and bytes that could be its pack's.
     fn pack_file() -> (Digest, Vec<u8>) {
-        (Digest::of(b"pack"), (0..70_000u32).map(|i| (i * 7919 >> 5) as u8).collect())
+        (Digest::of(b"pack"), (0..70_000u32).map(|i| ((i * 7919) >> 5) as u8).collect())
     }
 
     /// Bytes of a read of `len` bytes at `offset`, or the variant of the error.
