@@ -1,5 +1,7 @@
 //! The layer stage against independent readers: GNU tar, Python and umoci unpack the same archives, and the results are compared.
 
+#![allow(clippy::unwrap_used, reason = "tests; a failure here is a bug in the test's own set-up")]
+
 mod random;
 mod referee;
 mod unpackers;

@@ -166,7 +166,7 @@ impl Maker<'_> {
         match kind {
             EntryType::Regular if random.below(4) == 0 => _ = entry.add_pax("SCHILY.xattr.user.note", format!("n{}", random.below(3))),
             // Always the same of one directory: a later entry adds to what containerd has set, umoci begins anew.
-            EntryType::Directory if path.len() % 2 == 0 => _ = entry.add_pax("SCHILY.xattr.user.note", path),
+            EntryType::Directory if path.len().is_multiple_of(2) => _ = entry.add_pax("SCHILY.xattr.user.note", path),
             _ => (),
         }
         self.tar.extend_from_slice(&entry.finish_bytes());
