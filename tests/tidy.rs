@@ -1,5 +1,7 @@
 //! The house rules that a program can check. Each test collects every violation before it fails.
 
+#![allow(clippy::unwrap_used, reason = "a test's own set-up")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,7 @@
 //! The data path through the real kernel: FUSE directory of packs, EROFS on top, a store directory below.
 
+#![allow(clippy::unwrap_used, reason = "a test's own set-up")]
+
 mod world;
 
 use std::fs::{self, File};

@@ -1,5 +1,7 @@
 //! Conversion end to end with the real program: an image in, what the store then has, and what looking at it shows.
 
+#![allow(clippy::unwrap_used, reason = "a test's own set-up")]
+
 mod ground;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! Conversions that are stopped half way: nothing is visible, nothing is left behind, and the next run goes on from there.
 
+#![allow(clippy::unwrap_used, reason = "a test's own set-up")]
+
 mod ground;
 
 use std::fs;

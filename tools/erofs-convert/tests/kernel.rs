@@ -1,5 +1,7 @@
 //! The kernel as judge: a converted image mounted as EROFS, its packs unpacked to flat files, against the layers unpacked by tar.
 
+#![allow(clippy::unwrap_used, reason = "a test's own set-up")]
+
 mod ground;
 
 use std::collections::BTreeMap;

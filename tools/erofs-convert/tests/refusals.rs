@@ -1,5 +1,7 @@
 //! What bad input gets: a message that says what and what to do, the exit code for it, and a store without a trace of it.
 
+#![allow(clippy::unwrap_used, reason = "a test's own set-up")]
+
 mod ground;
 
 use std::fs;
