@@ -51,7 +51,7 @@ fn numbers_are_octal_or_base_256() {
     check(b"        ", Some(0));
     check(b"77777777777\0", Some(0o77777777777));
     check(b"777777777777", Some(0o777777777777));
-    check(b"\0\0000644\0", Some(0o644));
+    check(b"\0\x00000644\0", Some(0o644));
     check(b"+644\0", None);
     check(b"-644\0", None);
     check(b"0648\0", None);
