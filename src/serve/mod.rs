@@ -144,19 +144,26 @@ struct DataThread {
 
 /// Where packs come from.
 struct Source {
-    store: Arc<StoreHandle>,
+    store: StoreHandle,
     cache: LocalCache,
 }
 
 impl Engine {
     /// Starts the data threads. Does not touch the store.
     pub fn start(options: EngineOptions) -> Result<Arc<Engine>, ServeError> {
+        let store = Arc::new(StoreHandle::new(options.store_dir.clone()));
+        Engine::start_over(options, move || UfsChunks::new(Arc::clone(&store)))
+    }
+
+    /// As [`Engine::start`], but units come from what `chunks` makes on each data thread. (Packs' tables still come from the directory.)
+    pub fn start_over<S: ChunkStore + 'static>(
+        options: EngineOptions,
+        chunks: impl Fn() -> S + Clone + Send + 'static,
+    ) -> Result<Arc<Engine>, ServeError> {
         let cpus = thread::available_parallelism().map_or(1, |n| n.get());
         let threads = if options.data_threads == 0 { cpus.div_ceil(4) } else { options.data_threads };
-        let store = Arc::new(StoreHandle::new(options.store_dir));
-        let source = Source { store: Arc::clone(&store), cache: LocalCache::open(&options.cache_dir)? };
-        let seams = move || (UfsChunks::new(Arc::clone(&store)), RingDisk::default());
-        Engine::with_seams(threads, cpus, Limits::real(cpus), options.metrics, Some(source), seams)
+        let source = Source { store: StoreHandle::new(options.store_dir), cache: LocalCache::open(&options.cache_dir)? };
+        Engine::with_seams(threads, cpus, Limits::real(cpus), options.metrics, Some(source), move || (chunks(), RingDisk::default()))
     }
 
     /// Starts an engine over any store and disk; `seams` is called once on each data thread.

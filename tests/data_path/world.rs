@@ -14,6 +14,7 @@ use slipway::cache::fake::Sample;
 use slipway::kernel::fuse_blob::{Begin, FuseBlob};
 use slipway::metrics::Metrics;
 use slipway::serve::{Engine, EngineOptions};
+use slipway::store::chunks::{ChunkStore, StoreHandle, UfsChunks};
 use slipway::store::{Name, Store};
 use testbed::Scratch;
 use uapi::mount::{FuseOptions, erofs_file_backed, fuse_open};
@@ -60,9 +61,15 @@ impl World {
     }
 
     pub fn begin(&self) -> Life {
+        let store = Arc::new(StoreHandle::new(self.store.clone()));
+        self.begin_over(move || UfsChunks::new(Arc::clone(&store)))
+    }
+
+    /// A life whose units come from `chunks`.
+    pub fn begin_over<S: ChunkStore + 'static>(&self, chunks: impl Fn() -> S + Clone + Send + 'static) -> Life {
         let metrics = Arc::new(Metrics::new("fuse-blob"));
         let options = EngineOptions { store_dir: self.store.clone(), cache_dir: self.cache.clone(), data_threads: 0, metrics: Arc::clone(&metrics) };
-        Life { engine: Engine::start(options).expect("an engine"), metrics }
+        Life { engine: Engine::start_over(options, chunks).expect("an engine"), metrics }
     }
 
     /// Mounts the directory of packs.
