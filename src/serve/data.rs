@@ -46,10 +46,29 @@ pub struct Data<S, D> {
     pub pool: Arc<Pool>,
     /// Store reads under way: see [`Limits::store_reads`].
     pub reads: Arc<Semaphore>,
+    /// Those among them that nobody waits for yet: fewer, so that a reader never queues behind look-ahead alone.
+    pub ahead_reads: Arc<Semaphore>,
     /// Bytes being fetched ahead.
     pub ahead: Cell<u64>,
     pub limits: Limits,
     pub metrics: Arc<Metrics>,
+    pub store_warnings: Seldom,
+    pub cache_warnings: Seldom,
+}
+
+/// Keeps one kind of log line from filling the disk while a store is away or a cache is full.
+#[derive(Default)]
+pub struct Seldom(Cell<Option<Instant>>);
+
+impl Seldom {
+    /// Whether the line may be written now: at most one per ten seconds and thread, as the counters have the numbers.
+    fn now(&self) -> bool {
+        let due = self.0.get().is_none_or(|last| last.elapsed() > Duration::from_secs(10));
+        if due {
+            self.0.set(Some(Instant::now()));
+        }
+        due
+    }
 }
 
 /// Held by every task: when the last is gone, so is all work.
@@ -260,14 +279,16 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
         self.metrics.fills.bump();
         let mut pauses = RETRY_PAUSES.into_iter();
         loop {
-            match self.read_store(&pack, &run).await {
+            match self.read_store(&pack, &run, urgency).await {
                 Ok(stored) => {
                     let stored = stored.share();
                     let landed = fills.into_iter().map(|fill| self.land(fill, &run, &stored, urgency));
                     fills = join_all(landed).await.into_iter().flatten().collect();
                 }
                 Err(error) => {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "store read failed");
+                    if self.store_warnings.now() {
+                        tracing::warn!(error = &error as &dyn std::error::Error, "store read failed");
+                    }
                     if matches!(error, ReadError::Deadline { .. }) {
                         break;
                     }
@@ -308,7 +329,9 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
             }
             // Whoever wanted bytes has them already; the unit will be fetched again when someone asks again.
             Err(error) => {
-                tracing::warn!(pack = %pack.digest(), unit = unit.0, %error, "cannot write to the cache; check its space and its disk");
+                if self.cache_warnings.now() {
+                    tracing::warn!(pack = %pack.digest(), unit = unit.0, %error, "cannot write to the cache; check its space and its disk");
+                }
                 fill.failed(Errno::IO);
             }
         }
@@ -325,12 +348,16 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
     }
 
     /// Reads a run, within the deadline.
-    async fn read_store(&self, pack: &Pack, run: &Run) -> Result<Buffer, ReadError> {
+    async fn read_store(&self, pack: &Pack, run: &Run, urgency: Urgency) -> Result<Buffer, ReadError> {
         let started = Instant::now();
         let (store, digest, offset, buffer) = (Rc::clone(&self.store), pack.digest(), run.offset, self.pool.get(run.len));
-        let reads = Arc::clone(&self.reads);
+        let (reads, ahead_reads) = (Arc::clone(&self.reads), Arc::clone(&self.ahead_reads));
         let read = async move {
-            let permit = reads.acquire_owned().await;
+            let ahead = match urgency {
+                Urgency::Demand => None,
+                Urgency::Ahead => Some(ahead_reads.acquire_owned().await),
+            };
+            let permit = (ahead, reads.acquire_owned().await);
             // A task of its own: when the deadline passes, the read goes on in the kernel and its permit stays taken until it ends.
             let read = spawn_local(async move {
                 let read = store.read(&digest, offset, buffer).await;

@@ -181,8 +181,19 @@ impl Engine {
             let (decoders, pool, metrics, seams) = (decoders.clone(), Arc::clone(&pool), Arc::clone(&metrics), seams.clone());
             let data = move || {
                 let (store, disk) = seams();
-                let reads = Arc::new(Semaphore::new(limits.store_reads));
-                Data { store: Rc::new(store), disk, decoders, pool, reads, ahead: Default::default(), limits, metrics }
+                Data {
+                    store: Rc::new(store),
+                    disk,
+                    decoders,
+                    pool,
+                    reads: Arc::new(Semaphore::new(limits.store_reads)),
+                    ahead_reads: Arc::new(Semaphore::new(limits.store_reads.div_ceil(2))),
+                    ahead: Default::default(),
+                    limits,
+                    metrics,
+                    store_warnings: Default::default(),
+                    cache_warnings: Default::default(),
+                }
             };
             DataThread::start(number, data).map_err(|source| ServeError::Start { what: "a data thread", source })
         };
@@ -318,13 +329,17 @@ impl DataThread {
     ) -> io::Result<DataThread> {
         let (jobs, todo) = mpsc::unbounded_channel();
         let (end, ended) = sync::channel();
+        let (begun, has_begun) = sync::channel();
         thread::Builder::new().name(format!("data-{number}")).spawn(move || {
+            // Panics if the kernel refuses a ring.
             tokio_uring::builder().entries(RING_ENTRIES).start(async {
+                let _ = begun.send(());
                 Rc::new(data()).run(todo).await;
                 // Now, and not when the runtime is gone: it waits for every operation, also one on a hung share.
                 drop(end);
             });
         })?;
+        has_begun.recv().map_err(|_| io::Error::other("the kernel gave no io_uring"))?;
         Ok(DataThread { jobs, ended: Mutex::new(ended) })
     }
 
