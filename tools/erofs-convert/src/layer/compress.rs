@@ -19,8 +19,9 @@ use erofs::pack::{EncodedUnit, PackWriter, UnitEncoder, WriteError};
 
 use super::{ConvertError, PackSink};
 
-/// zstd's level. Level 1 compresses some 400 MB/s on one core of the machine this was written on, level 3 some 240 MB/s for packs 4 to 8 %
-/// smaller; conversion is bound by this stage, reading by the store's latency rather than by bytes.
+/// zstd's level. Measured on 350 MB of /usr in units of 256 KiB, MB per CPU second and size of the packs (2.5 GHz Cascade Lake): level 1
+/// 245 to 365 and 40.6 %, level 2 178 to 200 and 39.3 %, level 3 124 to 155 and 38.5 %. Decoding costs the same at each. Conversion is
+/// bound by this stage, and reading more by the store's latency than by its bytes.
 pub const ZSTD_LEVEL: i32 = 1;
 
 /// Units that may wait for or be under compression, per thread: enough that no thread waits while the reader reads a big entry.

@@ -60,7 +60,7 @@ pub struct Budget {
 }
 
 impl Default for Budget {
-    /// 4 million entries, 256 GiB, 1 GiB of metadata: some ten times the largest layers seen in public registries.
+    /// 4 million entries, 256 GiB, 1 GiB of metadata: far above a whole distribution or a large model in one layer.
     fn default() -> Self {
         Budget { entries: 4_000_000, bytes: 256 << 30, metadata: 1 << 30 }
     }
