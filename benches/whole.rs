@@ -98,7 +98,7 @@ fn cold_start() -> Result<()> {
         let containerd = Containerd::start(&scratch.join("ordinary"), Snapshotter::Overlayfs)?;
         runs::pull(&containerd, &reference)?;
         drop_caches()?;
-        runs::run(&containerd, &reference, "local")?.first_output
+        runs::run(&containerd, &reference)?.first_output
     };
     fs::remove_dir_all(scratch.join("ordinary"))?;
     show("image pulled and unpacked on ext4 before", format!("{local:.2} s"), None);

@@ -27,12 +27,12 @@ fn a_converted_image_starts_from_its_original_reference_without_fetching_a_layer
     let node = world.node();
 
     assert_eq!(node.pull(&world, &reference, &built), [""; 0], "no layer is fetched");
-    assert_eq!(node.containerd.run(&reference, "c1", &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
+    assert_eq!(node.containerd.run(&reference, &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
     let same = world.scratch.join("same");
     fs::write(&same, images::noise(77, 100_000)).expect("a file");
     let sum = |text: String| text.split(' ').next().map(str::to_owned);
     assert_eq!(
-        sum(node.containerd.run(&reference, "c2", &["/bin/md5sum", "/data/prose-dir/new"]).expect("a container")),
+        sum(node.containerd.run(&reference, &["/bin/md5sum", "/data/prose-dir/new"]).expect("a container")),
         sum(testbed::run("md5sum", [&same]).expect("md5sum"))
     );
 
@@ -49,7 +49,7 @@ fn an_image_that_was_never_converted_is_pulled_the_ordinary_way() {
 
     let all: Vec<String> = built.layers.iter().map(|layer| layer.digest.clone()).collect();
     assert_eq!(node.pull(&world, &reference, &built), all, "every layer is fetched");
-    assert_eq!(node.containerd.run(&reference, "c1", &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
+    assert_eq!(node.containerd.run(&reference, &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
     assert_same_tree(&world.plain_tree(&reference, &built), &node.tree(&built));
 }
 
@@ -62,7 +62,7 @@ fn a_converted_base_saves_the_bottom_of_images_built_on_it() {
     let node = world.node();
 
     assert_eq!(node.pull(&world, &reference, &built), [built.layers[3].digest.clone()], "only the layer on top is fetched");
-    assert_eq!(node.containerd.run(&reference, "c1", &["/bin/cat", "/extra/small"]).expect("a container"), "tiny");
+    assert_eq!(node.containerd.run(&reference, &["/bin/cat", "/extra/small"]).expect("a container"), "tiny");
     assert_same_tree(&world.plain_tree(&reference, &built), &node.tree(&built));
 }
 
@@ -107,7 +107,7 @@ fn a_node_whose_store_is_missing_or_broken_pulls_the_ordinary_way() {
     for config in configs.into_iter().chain([untrusted]) {
         let node = world.node_with(&config);
         assert!(node.pull(&world, &reference, &built).contains(&built.layers[2].digest), "{config:?}: the top is no miss");
-        assert_eq!(node.containerd.run(&reference, "c1", &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
+        assert_eq!(node.containerd.run(&reference, &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
         assert_same_tree(&plain, &node.tree(&built));
         drop(node);
         for dir in ["slipwayd", "lazy"] {
@@ -157,16 +157,16 @@ fn containers_and_containerd_outlive_the_worker() {
     let (other, other_built) = world.push_converted("other", &images::full().layer(&images::extra(), Compression::Plain));
     let mut node = world.node();
     node.pull(&world, &reference, &built);
-    node.containerd.ctr(&["run", "-d", "--snapshotter", "slipway", &reference, "old", "/bin/sleep", "600"]).expect("a running container");
+    let old = node.containerd.run_detached(&reference, &["/bin/sleep", "600"]).expect("a running container");
 
     let killed = node.slipwayd.kill_worker().expect("a worker to kill");
     node.slipwayd.wait_ready().expect("the next worker answers");
     assert_ne!(node.slipwayd.worker(), Some(killed));
     // A container from before, a new one, and a pull: as if nothing had happened.
-    let exec = ["tasks", "exec", "--exec-id", "look", "old", "/bin/wc", "-c", "/data/huge"];
+    let exec = ["tasks", "exec", "--exec-id", "look", &old, "/bin/wc", "-c", "/data/huge"];
     let length = (3 << 20) + (2 << 20) + (1 << 20) + 12_345;
     assert_eq!(node.containerd.ctr(&exec).expect("the old container reads"), format!("{length} /data/huge\n"));
-    assert_eq!(node.containerd.run(&reference, "new", &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
+    assert_eq!(node.containerd.run(&reference, &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
     assert_eq!(node.pull(&world, &other, &other_built), [""; 0]);
     assert_same_tree(&world.plain_tree(&other, &other_built), &node.tree(&other_built));
 }
@@ -178,7 +178,7 @@ fn removing_the_image_leaves_no_snapshot_and_no_mount() {
     let (reference, built) = world.push_converted("full", &images::full());
     let node = world.node();
     node.pull(&world, &reference, &built);
-    node.containerd.run(&reference, "c1", &["/bin/cat", "/data/huge"]).expect("a container");
+    node.containerd.run(&reference, &["/bin/cat", "/data/huge"]).expect("a container");
     assert!(node.containerd.snapshots(&["ls"]).expect("a list").contains(built.top_chain()));
 
     node.containerd.cri().expect("a CRI client").remove(&reference).expect("a removal");

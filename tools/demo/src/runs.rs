@@ -49,9 +49,9 @@ pub fn ordinary(dir: &Path, registry: &Registry, reference: &str) -> Result<(Mea
     drop_caches()?;
     let mark = registry.mark();
     let pull = pull(&containerd, reference)?;
-    let first = run(&containerd, reference, "ordinary-1")?;
+    let first = run(&containerd, reference)?;
     let measured = Measured { pull, run: first, registry: registry.blob_bytes(mark), store: 0 };
-    let again = run(&containerd, reference, "ordinary-2")?;
+    let again = run(&containerd, reference)?;
     Ok((measured, again))
 }
 
@@ -76,14 +76,14 @@ impl Node {
         drop_caches()?;
         let (mark, before) = (registry.mark(), disk.bytes_read()?);
         let pull = pull(&self.containerd, reference)?;
-        let run = run(&self.containerd, reference, "slipway-1")?;
+        let run = run(&self.containerd, reference)?;
         Ok(Measured { pull, run, registry: registry.blob_bytes(mark), store: disk.bytes_read()? - before })
     }
 
     /// One more run of the image that is here now.
     pub fn again(&self, registry: &Registry, reference: &str, disk: &LoopFs) -> Result<Measured> {
         let (mark, before) = (registry.mark(), disk.bytes_read()?);
-        let run = run(&self.containerd, reference, "slipway-2")?;
+        let run = run(&self.containerd, reference)?;
         Ok(Measured { pull: 0.0, run, registry: registry.blob_bytes(mark), store: disk.bytes_read()? - before })
     }
 
@@ -112,8 +112,8 @@ pub fn pull(containerd: &Containerd, reference: &str) -> Result<f64> {
 }
 
 /// Runs the workload in a new container of an image that is here.
-pub fn run(containerd: &Containerd, reference: &str, id: &str) -> Result<Run> {
-    let mut command = containerd.run_command(reference, id, &WORKLOAD);
+pub fn run(containerd: &Containerd, reference: &str) -> Result<Run> {
+    let mut command = containerd.run_command(reference, &WORKLOAD);
     let start = Instant::now();
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("ctr cannot be started")?;
     let mut lines = BufReader::new(child.stdout.take().context("its output is a pipe")?).lines();

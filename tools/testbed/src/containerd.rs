@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -107,15 +108,22 @@ impl Containerd {
     }
 
     /// The `ctr run --rm` of an image that is already here, to be run by the caller; the container is removed when it ends.
-    pub fn run_command(&self, image: &str, id: &str, args: &[&str]) -> Command {
+    pub fn run_command(&self, image: &str, args: &[&str]) -> Command {
         let mut command = self.ctr_command();
-        command.args(["run", "--rm", "--snapshotter", self.snapshotter(), image, id]).args(args);
+        command.args(["run", "--rm", "--snapshotter", self.snapshotter(), image, &new_container_id()]).args(args);
         command
     }
 
     /// Runs a program in a new container of an image that is already here, and returns what it printed.
-    pub fn run(&self, image: &str, id: &str, args: &[&str]) -> Result<String> {
-        output(&mut self.run_command(image, id, args))
+    pub fn run(&self, image: &str, args: &[&str]) -> Result<String> {
+        output(&mut self.run_command(image, args))
+    }
+
+    /// Starts a container that stays, of an image that is already here, and returns its ID.
+    pub fn run_detached(&self, image: &str, args: &[&str]) -> Result<String> {
+        let id = new_container_id();
+        output(self.ctr_command().args(["run", "-d", "--snapshotter", self.snapshotter(), image, &id]).args(args))?;
+        Ok(id)
     }
 
     /// Mounts the read-only view of a committed snapshot (a chain ID, `sha256:…`) and shows where. Unmounted and removed when the
@@ -281,6 +289,12 @@ fn shims_of(address: &Path) -> Vec<Pid> {
     pids.filter(serves).filter_map(Pid::from_raw).collect()
 }
 
+/// An ID no other container on this machine has: runc keeps its state in one place for all containerds, by namespace and ID.
+fn new_container_id() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!("slipway-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -323,8 +337,8 @@ mod tests {
         for layer in &built.layers {
             assert_eq!(fetched.get(&layer.digest).copied(), Some(layer.size), "an ordinary pull fetches each layer once: {fetched:?}");
         }
-        assert_eq!(containerd.run(&reference, "c1", &["/bin/sh", "-c", "cat /etc/motd; ls /etc/gone"]).ok(), None, "ls fails");
-        assert_eq!(containerd.run(&reference, "c2", &["/bin/sh", "-c", "cat /etc/motd"]).expect("a run"), "from the top");
+        assert_eq!(containerd.run(&reference, &["/bin/sh", "-c", "cat /etc/motd; ls /etc/gone"]).ok(), None, "ls fails");
+        assert_eq!(containerd.run(&reference, &["/bin/sh", "-c", "cat /etc/motd"]).expect("a run"), "from the top");
 
         let view = containerd.view(built.top_chain()).expect("a view");
         let tree = TreeDigest::of(view.path()).expect("a tree");
@@ -345,9 +359,7 @@ mod tests {
         let (reference, _) = busybox_image(&scratch, &registry);
         let containerd = Containerd::start(&scratch.join("containerd"), Snapshotter::Overlayfs).expect("a containerd");
         containerd.cri().expect("a CRI client").pull(&reference).expect("a pull");
-        containerd
-            .ctr(&["run", "-d", "--snapshotter", "overlayfs", &reference, "sleeper", "/bin/busybox", "sleep", "600"])
-            .expect("a running container");
+        containerd.run_detached(&reference, &["/bin/busybox", "sleep", "600"]).expect("a running container");
         let address = containerd.address();
         assert_eq!(shims_of(&address).len(), 1);
         drop(containerd);
