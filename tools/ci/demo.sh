@@ -5,6 +5,6 @@ cd "$(dirname "$0")/../.."
 
 [ "$(id -u)" = 0 ] || { echo "demo: needs root, for mounts and containers" >&2; exit 1; }
 tools/ci/packages.sh build demo
-cargo build --release -p slipway -p erofs-convert -p slipway-demo --bins
+cargo build --release --workspace --bins
 layers=$(tools/demo/image/build.sh)
 exec target/release/slipway-demo --layers "$layers" "$@"
