@@ -51,7 +51,7 @@ fn compare(path: &Path, expected: &[u8], seed: u64) -> io::Result<()> {
 
 #[test]
 fn eight_readers_get_the_packs_bytes_directly_and_through_erofs() {
-    require!(need::root(), need::path("/dev/fuse"), need::file_system("erofs"));
+    require!(need::root(), need::path("/dev/fuse"), need::file_backed_erofs());
     let world = World::new("bytes");
     let sample = sample(1, 48);
     world.put(&sample);
@@ -92,7 +92,7 @@ fn eight_readers_get_the_packs_bytes_directly_and_through_erofs() {
 
 #[test]
 fn damage_in_the_store_is_eio_until_it_is_healed() {
-    require!(need::root(), need::path("/dev/fuse"), need::file_system("erofs"));
+    require!(need::root(), need::path("/dev/fuse"), need::file_backed_erofs());
     let world = World::new("damage");
     let sample = sample(2, 4);
     world.put(&sample);

@@ -15,7 +15,7 @@ const EIO: i32 = 5;
 /// What every test here needs of the machine.
 macro_rules! require_everything {
     () => {
-        require!(need::containers(), need::path("/bin/busybox"), need::file_system("erofs"), need::path("/dev/fuse"))
+        require!(need::containers(), need::path("/bin/busybox"), need::file_backed_erofs(), need::path("/dev/fuse"))
     };
 }
 

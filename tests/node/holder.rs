@@ -152,7 +152,7 @@ fn command(dir: &Path, script: &str) -> Command {
 
 macro_rules! require_kernel {
     () => {
-        require!(need::root(), need::command("setpriv"), need::file_system("erofs"), need::path("/dev/fuse"));
+        require!(need::root(), need::command("setpriv"), need::file_backed_erofs(), need::path("/dev/fuse"));
     };
 }
 

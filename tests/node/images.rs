@@ -108,7 +108,7 @@ fn assert_content(at: &Path) {
 
 macro_rules! require_kernel {
     () => {
-        require!(need::root(), need::file_system("erofs"), need::file_system("overlay"), need::path("/dev/fuse"));
+        require!(need::root(), need::file_backed_erofs(), need::file_system("overlay"), need::path("/dev/fuse"));
     };
 }
 

@@ -103,7 +103,7 @@ fn forget_packs(slipwayd: &Slipwayd) {
 
 #[test]
 fn no_read_fails_or_lies_while_workers_are_killed() {
-    require!(need::root(), need::file_system("erofs"), need::file_system("overlay"), need::path("/dev/fuse"));
+    require!(need::root(), need::file_backed_erofs(), need::file_system("overlay"), need::path("/dev/fuse"));
     let scratch = Scratch::new("worker-kill").expect("a scratch directory");
     let key = SigningKey::load_or_create(&scratch.join("key")).expect("a key");
     let chain = make_store(&scratch.join("store"), &key, FILES);

@@ -111,7 +111,7 @@ fn remove(path: &Path) {
 
 #[test]
 fn the_kernel_sees_every_file_as_tar_unpacks_it() {
-    require!(need::root(), need::file_system("erofs"), need::command("tar"));
+    require!(need::root(), need::file_backed_erofs(), need::command("tar"));
     let ground = Ground::new("kernel");
     ground.layout.add("1", &everything()).unwrap();
     let done = ground.convert("oci:img:1");

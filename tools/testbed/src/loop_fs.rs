@@ -27,8 +27,9 @@ impl LoopFs {
         run("mkfs.ext4", ["-q", "-F", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0", &image.to_string_lossy()])?;
         run("mount", ["-o", "loop", &image.to_string_lossy(), &at.to_string_lossy()])?;
         let mut made = LoopFs { at: at.to_path_buf(), device: String::new() };
-        let mount = mounts::list().into_iter().rev().find(|mount| mount.at == at).context("what was just mounted is not listed")?;
-        made.device = mount.source.strip_prefix("/dev/").context("a loop mount's source is its device")?.to_owned();
+        let mount = mounts::list().into_iter().rev().find(|mount| mount.mount_point == at).context("what was just mounted is not listed")?;
+        made.device =
+            mount.source.to_str().and_then(|source| source.strip_prefix("/dev/")).context("a loop mount's source is its device")?.to_owned();
         // An ext4 made here has no "lost" files worth showing in a tree that tests compare.
         fs::remove_dir(at.join("lost+found")).context("a new ext4 has an empty lost+found")?;
         Ok(made)
