@@ -1,7 +1,9 @@
 //! The files in `deploy/` say what the program does: defaults, names and paths agree.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use slipway::config::Config;
 
@@ -28,6 +30,18 @@ fn the_example_configuration_shows_the_defaults() {
 }
 
 #[test]
+fn the_example_configuration_shows_every_setting() {
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/slipwayd.toml");
+    // It prints every field of the parsed configuration.
+    let checked = Command::new(env!("CARGO_BIN_EXE_slipwayd")).args(["check-config", "--config"]).arg(&example).output().expect("slipwayd runs");
+    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+    let keys = |text: &str| toml::from_str::<toml::Table>(text).expect("TOML").into_iter().map(|(key, _)| key).collect::<BTreeSet<_>>();
+    let mut expected = keys(&String::from_utf8(checked.stdout).expect("text"));
+    expected.insert("version".to_owned());
+    assert_eq!(keys(&with_all_settings(&deployed("slipwayd.toml"))), expected);
+}
+
+#[test]
 fn containerd_is_given_the_default_socket() {
     let socket = Config::parse("version = 1\nstore = \"/s\"").expect("a configuration").socket;
     for name in ["containerd/config-1.x.toml", "containerd/config-2.x.toml"] {
@@ -35,6 +49,19 @@ fn containerd_is_given_the_default_socket() {
         assert_eq!(config["proxy_plugins"]["slipway"]["address"].as_str(), socket.to_str(), "{name}");
         assert_eq!(config["proxy_plugins"]["slipway"]["type"].as_str(), Some("snapshot"), "{name}");
     }
+}
+
+#[test]
+fn containerd_2_is_told_where_snapshots_lie_and_what_to_unpack_with() {
+    let state = Config::parse("version = 1\nstore = \"/s\"").expect("a configuration").state;
+    let text = deployed("containerd/config-2.x.toml");
+    let config: toml::Table = toml::from_str(&text).expect("TOML");
+    assert_eq!(config["proxy_plugins"]["slipway"]["exports"]["root"].as_str(), state.to_str());
+    let entries = config["plugins"]["io.containerd.transfer.v1.local"]["unpack_config"].as_array().expect("a list");
+    let named: Vec<_> = entries.iter().map(|entry| (entry["platform"].as_str(), entry["snapshotter"].as_str())).collect();
+    assert_eq!(named, [(Some("linux/amd64"), Some("slipway")), (Some("linux/amd64"), Some("overlayfs"))]);
+    let comment = "# The platform must be the node's own";
+    assert!(text.lines().any(|line| line.starts_with(comment)), "whoever copies it to another architecture has to change the platform");
 }
 
 #[test]
