@@ -17,6 +17,7 @@ test: ## everything: house rules, unit, property and whole-system tests, here an
 	@tools/ci/test.sh
 
 lint: ## formatting and clippy, warnings are errors
+	@tools/ci/packages.sh build
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 

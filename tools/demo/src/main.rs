@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::Parser;
 use slipway_demo::image::DemoImage;
 use slipway_demo::report::{self, Report, Style};
@@ -19,8 +19,11 @@ use testbed::{Converter, LoopFs, Registry, Scratch, drop_caches, need};
 #[derive(Debug, Parser)]
 struct Args {
     /// Directory of the image's layers, as tools/demo/image/build.sh makes it.
+    #[arg(long, required_unless_present = "check")]
+    layers: Option<PathBuf>,
+    /// Only say whether this machine has what the demo needs.
     #[arg(long)]
-    layers: PathBuf,
+    check: bool,
     /// Also write the figures to this file, as JSON.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -46,10 +49,11 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     catch_signals()?;
     let style = Style { colour: std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none() };
-    if let Err(lack) = need::containers() {
-        bail!("{}", lack.0);
+    for need in [need::containers(), need::file_backed_erofs(), need::path("/dev/fuse")] {
+        need.map_err(|lack| anyhow!(lack.0))?;
     }
-    let report = demonstrate(&args.layers, &style)?;
+    let Some(layers) = &args.layers else { return Ok(()) };
+    let report = demonstrate(layers, &style)?;
     println!("\n{}", report.table(&style));
     if let Some(path) = &args.json {
         std::fs::write(path, format!("{:#}\n", report.json())).with_context(|| format!("{} cannot be written", path.display()))?;
