@@ -6,7 +6,8 @@
 //! ```
 //!
 //! A record is written before its mount is made and removed after it is undone, so every mount of ours has one. A record without a mount is left
-//! over and dropped; a mount without a record is not ours to reason about and is detached. The kernel's mount table decides what is mounted.
+//! over and dropped; a mount without a record is not ours to reason about and is detached. The kernel's mount table decides what is mounted. Whatever
+//! else is found there is cleared away as far as that can be done without losing anything, and never keeps a worker from starting.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -17,13 +18,16 @@ use std::str::FromStr;
 
 use erofs::digest::Digest;
 use serde::{Deserialize, Serialize};
-use uapi::mount::{MountEntry, MountError, Unmount, unmount};
+use uapi::mount::{MountEntry, Unmount, unmount};
 
 use crate::mount::Way;
 use crate::oci::ChainId;
 
 /// Version of the record file. Another version is treated as no record.
 const RECORD_VERSION: u32 = 1;
+
+/// End of the name of a record that is being written. One that is found was left by a worker that was killed over it.
+const UNFINISHED: &str = ".json-new";
 
 /// The mount points cannot be kept.
 #[derive(Debug, thiserror::Error)]
@@ -38,15 +42,6 @@ pub enum MountsError {
         /// Why.
         #[source]
         source: io::Error,
-    },
-    /// A mount.
-    #[error("an old mount at {} cannot be taken away", at.display())]
-    Unmount {
-        /// Where.
-        at: PathBuf,
-        /// Why.
-        #[source]
-        source: MountError,
     },
 }
 
@@ -97,7 +92,7 @@ impl MountDir {
     }
 
     /// What an earlier process left here, by metadata digest. `alive` says whether mounts of a way can still work; those that cannot are
-    /// detached, as are mounts without a record. `mounts` is the mount table.
+    /// detached, as are mounts without a record. What cannot be cleared away stays, with a warning. `mounts` is the mount table.
     pub fn recover(&self, mounts: &[MountEntry], alive: impl Fn(Way) -> bool) -> Result<BTreeMap<Digest, Mounted>, MountsError> {
         let mut found: BTreeMap<Digest, Mounted> = BTreeMap::new();
         for name in self.names()? {
@@ -112,18 +107,32 @@ impl MountDir {
                     image.chains.extend(chains.iter().filter_map(|chain| chain.parse::<ChainId>().ok()));
                     image.generations.push(Generation { number, way, at });
                 }
-                None => {
-                    for _ in mounts.iter().filter(|entry| entry.mount_point == at) {
-                        unmount(&at, Unmount::Detach).map_err(|source| MountsError::Unmount { at: at.clone(), source })?;
-                    }
-                    self.discard(&at)?;
-                }
+                None => self.clear_away(mounts, &at),
             }
         }
         for image in found.values_mut() {
             image.generations.sort_by_key(|generation| generation.number);
         }
         Ok(found)
+    }
+
+    /// Takes away what lies at `at` and its record: an old mount, an empty directory, a file.
+    fn clear_away(&self, mounts: &[MountEntry], at: &Path) {
+        let warn =
+            |error: &(dyn std::error::Error + 'static)| tracing::warn!(path = %at.display(), error, "what was found among the mount points stays");
+        for _ in mounts.iter().filter(|entry| entry.mount_point == at) {
+            if let Err(error) = unmount(at, Unmount::Detach) {
+                return warn(&error);
+            }
+        }
+        // Never recursive: whatever is in there is not ours.
+        let remove = |path: &Path| if path.symlink_metadata()?.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) };
+        for path in [at, &record_path(at)] {
+            match remove(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => warn(&error),
+                _ => {}
+            }
+        }
     }
 
     /// Makes the mount point of a further generation of `image` and its record. To be followed by the mount, or by [`MountDir::discard`].
@@ -156,7 +165,7 @@ impl MountDir {
         ignore_missing(fs::remove_file(&record)).map_err(failed("removed", &record))
     }
 
-    /// Names of mount points, from directories and from records.
+    /// Names of mount points, from directories and from records; an unfinished record has one of its own.
     fn names(&self) -> Result<BTreeSet<String>, MountsError> {
         let list = || -> io::Result<BTreeSet<String>> {
             let mut names = BTreeSet::new();
@@ -186,9 +195,14 @@ impl MountDir {
             chains: image.chains.iter().map(ChainId::to_string).collect(),
         };
         let path = record_path(&generation.at);
-        let temporary = path.with_extension("json-new");
+        let temporary = beside(&generation.at, UNFINISHED);
         let bytes = serde_json::to_vec_pretty(&record).expect("a record is plain data");
-        fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, &path)).map_err(failed("written", &path))
+        let written = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, &path));
+        if written.is_err() {
+            // On a full disk it holds space; left behind it would do no other harm.
+            let _ = fs::remove_file(&temporary);
+        }
+        written.map_err(failed("written", &path))
     }
 }
 
@@ -196,10 +210,14 @@ fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MountsEr
     move |source| MountsError::Io { what, path: path.to_owned(), source }
 }
 
-/// `x.json` beside `x`. Not `with_extension`: the generation looks like one.
 fn record_path(at: &Path) -> PathBuf {
+    beside(at, ".json")
+}
+
+/// `x.end` beside `x`. Not `with_extension`: the generation looks like one.
+fn beside(at: &Path, end: &str) -> PathBuf {
     let mut path = at.as_os_str().to_owned();
-    path.push(".json");
+    path.push(end);
     path.into()
 }
 
@@ -274,6 +292,43 @@ mod tests {
             assert_eq!(mounts.recover(&[], |_| true).expect("recover"), BTreeMap::new(), "{text}");
             assert!(!record_path(&generation.at).exists());
         }
+    }
+
+    #[test]
+    fn whatever_lies_among_the_mount_points_does_not_stand_in_the_way() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mounts = MountDir::open(dir.path()).expect("open");
+        let digest = Digest::of(b"image");
+        let mut mounted = image(1);
+        mounted.generations.push(mounts.prepare(&digest, &mounted, Way::Direct).expect("prepare"));
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at(&format!("{digest}.0.json-new")), "{\"vers").expect("as a killed worker leaves it, of a record that is there");
+        fs::write(at(&format!("{digest}.1.json-new")), "").expect("as a killed worker leaves it, of a new one");
+        fs::write(at("README"), "x").expect("a stray file");
+        std::os::unix::fs::symlink("/", at("link")).expect("a stray link");
+        fs::create_dir_all(at("kept/inside")).expect("a directory with something in it");
+        fs::create_dir_all(at(&format!("{digest}.7/inside"))).expect("one with a name of ours");
+        fs::create_dir_all(at("x.json/inside")).expect("a directory where a record would be");
+
+        let found = mounts.recover(&table(&[&mounted.generations[0].at]), |_| true).expect("recover");
+        assert_eq!(found, BTreeMap::from([(digest, mounted)]));
+        let mut left: Vec<String> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        left.sort();
+        let mut expected = [format!("{digest}.0"), format!("{digest}.0.json"), format!("{digest}.7"), "kept".to_owned(), "x.json".to_owned()];
+        expected.sort();
+        assert_eq!(left, expected);
+        assert!(at("kept/inside").exists(), "what is not ours is not lost");
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_written_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mounts = MountDir::open(dir.path()).expect("open");
+        let digest = Digest::of(b"image");
+        // A directory in its place: the rename fails as the write does on a full disk.
+        fs::create_dir(dir.path().join(format!("{digest}.0.json"))).expect("a directory");
+        mounts.prepare(&digest, &image(1), Way::Direct).expect_err("not written");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]
