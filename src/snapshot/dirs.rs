@@ -73,6 +73,13 @@ impl Dirs {
         lchown(self.layout.upper(id), Some(like.uid()), Some(like.gid()))
     }
 
+    /// Waits until the content of a snapshot is on disk, by writing back all of its file system: one call, where a layer may have as many files
+    /// as it likes. Blocks.
+    pub fn make_durable(&self, id: SnapshotId) -> io::Result<()> {
+        let upper = fs::File::open(self.layout.upper(id))?;
+        Ok(rustix::fs::syncfs(upper)?)
+    }
+
     /// Takes a snapshot's directory out of the way; the space comes back a little later. A lazy snapshot has none.
     pub fn discard(&self, id: SnapshotId) {
         match self.move_aside(&self.layout.of(id)) {

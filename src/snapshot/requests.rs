@@ -170,12 +170,17 @@ impl Snapshots {
         Ok(self.dirs.layout().mounts(row.kind, row.id, &lineage.uppers, lower.as_deref()))
     }
 
-    /// Turns the active snapshot `key` into the committed one `name`.
+    /// Turns the active snapshot `key` into the committed one `name`. Its content is on disk before the ledger says so: containerd never unpacks
+    /// a committed layer again, so one that a power cut left with empty files would stay so.
     pub async fn commit(&self, key: String, name: String, parent: String, labels: BTreeMap<String, String>) -> Result<(), RequestError> {
         let held = self
             .blocking(move |this| {
                 let row = this.ledger.get(&key)?;
                 let usage = this.measure(&key, &row)?;
+                // Outside the ledger's transaction: other requests need not wait for this disk.
+                if row.kind == Kind::Active {
+                    this.dirs.make_durable(row.id).map_err(|source| RequestError::Directory { key: key.clone(), source })?;
+                }
                 Ok::<_, RequestError>(this.ledger.commit(&key, &name, &parent, labels, usage, Stamp::now())?)
             })
             .await?;

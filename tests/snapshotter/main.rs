@@ -7,4 +7,5 @@ mod client;
 mod wire;
 mod races;
 mod full_disk;
+mod power_cut;
 mod under_containerd;
