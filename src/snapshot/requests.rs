@@ -149,9 +149,7 @@ impl Snapshots {
     async fn settle_on(&self, key: &str, id: SnapshotId, uppers: &[SnapshotId], lower: PathBuf) -> Result<PathBuf, RequestError> {
         let (key, on_image) = (key.to_owned(), uppers.is_empty());
         self.blocking(move |this| {
-            if this.ledger.get(&key)?.id != id {
-                return Err(LedgerError::NotFound { key }.into());
-            }
+            this.still_there(&key, id)?;
             if on_image {
                 this.dirs.set_owner(id, &lower).map_err(|source| RequestError::Directory { key, source })?;
             }
@@ -160,14 +158,28 @@ impl Snapshots {
         .await
     }
 
+    /// Whether `key` still is the snapshot it was before an image was mounted for it.
+    fn still_there(&self, key: &str, id: SnapshotId) -> Result<(), LedgerError> {
+        let row = self.ledger.get(key)?;
+        if row.id == id { Ok(()) } else { Err(LedgerError::NotFound { key: key.to_owned() }) }
+    }
+
     /// The mounts of an active snapshot or a view, its image mounted again if it is not any more.
     pub async fn mounts(&self, key: String) -> Result<Vec<Mount>, RequestError> {
-        let (row, lineage) = self.blocking(move |this| this.ledger.get_with_lineage(&key).map(|found| (key, found))).await.and_then(mountable)?;
-        let lower = match lineage.lower {
-            Some(chain) => Some(self.lowers.mount(chain).await?),
-            None => None,
+        let (row, lineage) = {
+            let key = key.clone();
+            self.blocking(move |this| this.ledger.get_with_lineage(&key).map(|found| (key, found))).await.and_then(mountable)?
         };
-        Ok(self.dirs.layout().mounts(row.kind, row.id, &lineage.uppers, lower.as_deref()))
+        let Some(chain) = lineage.lower else {
+            return Ok(self.dirs.layout().mounts(row.kind, row.id, &lineage.uppers, None));
+        };
+        let lower = self.lowers.mount(chain).await?;
+        // A removal may have come in between, with its release ahead of this mount: then nobody else would undo it.
+        if let Err(error) = self.blocking(move |this| this.still_there(&key, row.id)).await {
+            self.lowers.release_if_unused(chain);
+            return Err(error.into());
+        }
+        Ok(self.dirs.layout().mounts(row.kind, row.id, &lineage.uppers, Some(&lower)))
     }
 
     /// Turns the active snapshot `key` into the committed one `name`. Its content is on disk before the ledger says so: containerd never unpacks
@@ -282,4 +294,75 @@ fn overlay_options() -> Vec<String> {
         options.push("userxattr".to_owned());
     }
     options
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::task::{Context, Wake, Waker};
+
+    use super::*;
+
+    /// What was asked of the images, as it happens.
+    struct Told(Mutex<Sender<&'static str>>);
+
+    impl LowerImages for Told {
+        fn known(&self, _: &ChainId) -> bool {
+            true
+        }
+
+        fn mount(&self, _: &ChainId) -> Result<PathBuf, Box<dyn Error + Send + Sync>> {
+            self.0.lock().unwrap().send("mount").unwrap();
+            Ok("/".into())
+        }
+
+        fn release(&self, _: &ChainId) {
+            self.0.lock().unwrap().send("release").unwrap();
+        }
+
+        fn recover(&self, _: Vec<ChainId>) {}
+    }
+
+    /// Tells when the future it was given to can go on.
+    struct Ready(Mutex<Sender<()>>);
+
+    impl Wake for Ready {
+        fn wake(self: Arc<Self>) {
+            // The future may be over.
+            let _ = self.0.lock().unwrap().send(());
+        }
+    }
+
+    /// Mounts has read the ledger, then the snapshot is removed and its image released, and only then Mounts mounts the image: nothing would
+    /// ever have released it.
+    #[test]
+    fn an_image_mounted_for_a_snapshot_just_removed_is_released() {
+        let state = tempfile::tempdir().unwrap();
+        let (told, calls): (_, Receiver<&str>) = channel();
+        // One thread for what may block, so that this test decides when it works.
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).max_blocking_threads(1).enable_all().build().unwrap();
+        let _inside = runtime.enter();
+        let snapshots = Snapshots::open(state.path(), Arc::new(Told(Mutex::new(told))), Arc::new(Metrics::new("none"))).unwrap();
+        let chain = ChainId(Sha256([1; 32]));
+        let container = || NewSnapshot { kind: Kind::Active, key: "container".into(), parent: "image".into(), labels: BTreeMap::new() };
+        snapshots.ledger.commit_lazy("image", "", chain, BTreeMap::new(), Stamp::now()).unwrap();
+        runtime.block_on(snapshots.create(container())).unwrap();
+        assert_eq!(calls.recv().unwrap(), "mount");
+
+        let (go_on, stopped) = channel::<()>();
+        runtime.spawn_blocking(move || stopped.recv());
+        let (ready, is_ready) = channel();
+        let mut mounts = std::pin::pin!(snapshots.mounts("container".into()));
+        let waker = Waker::from(Arc::new(Ready(Mutex::new(ready))));
+        assert!(mounts.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        drop(go_on);
+        // The thread has read the ledger; what comes of it waits for the next poll.
+        is_ready.recv().unwrap();
+        runtime.block_on(snapshots.remove("container", None)).unwrap();
+        assert_eq!(calls.recv().unwrap(), "release");
+        let outcome = runtime.block_on(mounts);
+        assert!(matches!(outcome, Err(RequestError::Ledger(LedgerError::NotFound { .. }))), "{outcome:?}");
+        assert_eq!([calls.recv().unwrap(), calls.recv().unwrap()], ["mount", "release"]);
+    }
 }
