@@ -1,7 +1,7 @@
 //! States of a pack's units, and who fills which: one fill per unit however many ask.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
@@ -35,10 +35,23 @@ pub struct Units {
     flights: Mutex<HashMap<UnitIndex, Flight>>,
     /// Something became Ready, or ceased to be, since the last saved map.
     changed: AtomicBool,
-    /// The last saved map. Changed by whoever saves, looked at before a direct mount.
-    saved: Mutex<Saved>,
+    /// How often a sync failed. Changed and read under `flights`.
+    losses: AtomicU64,
+    /// What may be on disk as the pack's map. Changed by whoever saves, looked at before a direct mount.
+    maps: Mutex<Maps>,
     /// Held across one save of the map, so that saves do not overtake each other.
     saving: tokio::sync::Mutex<()>,
+}
+
+/// Maps of one pack.
+#[derive(Debug)]
+struct Maps {
+    /// The last saved one.
+    last: Saved,
+    /// The one given out to be saved.
+    begun: Option<Presence>,
+    /// Units of those whose writing failed since then: whether they are on disk is not known before another has been saved.
+    failed: Option<Presence>,
 }
 
 type Outcome = Result<Verified, Errno>;
@@ -91,6 +104,8 @@ pub struct Fill {
     pack: Arc<Pack>,
     unit: UnitIndex,
     cached: bool,
+    /// Of the pack, when the fill began.
+    losses: u64,
     ended: bool,
 }
 
@@ -103,7 +118,8 @@ impl Units {
             states: (0..count).map(state).collect(),
             flights: Mutex::default(),
             changed: AtomicBool::new(false),
-            saved: Mutex::new(saved.clone()),
+            losses: AtomicU64::new(0),
+            maps: Mutex::new(Maps { last: saved.clone(), begun: None, failed: None }),
             saving: tokio::sync::Mutex::default(),
         }
     }
@@ -135,9 +151,10 @@ impl Units {
         self.saving.lock().await
     }
 
-    /// Whether the map on disk says that this unit is stored.
+    /// Whether the map on disk says, or may say by now, that this unit is stored.
     pub fn is_saved(&self, unit: UnitIndex) -> bool {
-        self.last_saved().present.has(unit)
+        let maps = self.maps();
+        maps.last.present.has(unit) || [&maps.begun, &maps.failed].into_iter().flatten().any(|map| map.has(unit))
     }
 
     /// The map to save next, if units were stored or lost since the last call: after the data it stands for is durable, write it and call
@@ -147,16 +164,23 @@ impl Units {
         if !self.changed.swap(false, Ordering::Acquire) {
             return None;
         }
-        let mut next = self.last_saved().clone();
-        next.generation += 1;
-        next.present = Presence::empty(u32::try_from(self.states.len()).expect("units are counted in u32"));
-        (0..).zip(&self.states).filter(|(_, state)| is_stored(state)).for_each(|(index, _)| next.present.insert(UnitIndex(index)));
-        Some(next)
+        // Locked until the map counts as begun: a unit in it may be lost and filled again right now, and whoever fills asks `is_saved`.
+        let mut maps = self.maps();
+        let present = self.all(|_, state| matches!(state, READY | UNCHECKED));
+        if let Some(begun) = maps.begun.take() {
+            maps.failed.get_or_insert_with(|| Presence::empty(self.count())).add(&begun);
+        }
+        // A unit was checked, and is as it was.
+        if present == maps.last.present && maps.failed.is_none() {
+            return None;
+        }
+        maps.begun = Some(present.clone());
+        Some(Saved { generation: maps.last.generation + 1, present })
     }
 
     /// This map is durable, and so is the data it stands for.
     pub fn saved(&self, map: Saved) {
-        *self.last_saved() = map;
+        *self.maps() = Maps { last: map, begun: None, failed: None };
     }
 
     /// The map could not be saved; try again later.
@@ -164,9 +188,15 @@ impl Units {
         self.changed.store(true, Ordering::Release);
     }
 
-    /// Whether every unit is stored and known to be durable.
+    /// Whether every unit is stored, known to be durable and verified in this process: what an earlier one stored may have rotted since.
     pub fn all_durable(&self) -> bool {
-        self.last_saved().present.count() as usize == self.states.len() && self.states.iter().all(is_stored)
+        self.durable().count() as usize == self.states.len()
+    }
+
+    /// The units that are stored, known to be durable and verified in this process.
+    pub fn durable(&self) -> Presence {
+        let maps = self.maps();
+        self.all(|unit, state| state == READY && maps.last.present.has(unit))
     }
 
     /// The local file does not give the unit's bytes any more: it is Absent from now on.
@@ -178,8 +208,39 @@ impl Units {
         }
     }
 
-    fn last_saved(&self) -> MutexGuard<'_, Saved> {
-        self.saved.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A sync failed: what was written since the last saved map may be gone from the disk, and will be gone from memory sometime. The kernel
+    /// says so once only, so the next sync's success means nothing for these units: they are Absent from now on.
+    pub fn lose_unsaved(&self) {
+        let _flights = self.flights();
+        // Units being filled may have been written already: see `Fill::end`.
+        self.losses.fetch_add(1, Ordering::Relaxed);
+        let unsaved = {
+            let mut maps = self.maps();
+            // Its writing never began.
+            maps.begun = None;
+            self.all(|unit, state| state == READY && !maps.last.present.has(unit))
+        };
+        (0..self.count()).map(UnitIndex).filter(|unit| unsaved.has(*unit)).for_each(|unit| self.set(unit, ABSENT));
+        self.not_saved();
+    }
+
+    fn count(&self) -> u32 {
+        u32::try_from(self.states.len()).expect("units are counted in u32")
+    }
+
+    /// The units for which `wanted` holds, given their state.
+    fn all(&self, wanted: impl Fn(UnitIndex, u8) -> bool) -> Presence {
+        let mut all = Presence::empty(self.count());
+        for unit in (0..self.count()).map(UnitIndex) {
+            if wanted(unit, self.state(unit).load(Ordering::Acquire) & STATE) {
+                all.insert(unit);
+            }
+        }
+        all
+    }
+
+    fn maps(&self) -> MutexGuard<'_, Maps> {
+        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self, unit: UnitIndex) -> &AtomicU8 {
@@ -194,10 +255,6 @@ impl Units {
     fn flights(&self) -> MutexGuard<'_, HashMap<UnitIndex, Flight>> {
         self.flights.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn is_stored(state: &AtomicU8) -> bool {
-    matches!(state.load(Ordering::Acquire) & STATE, READY | UNCHECKED)
 }
 
 impl Pack {
@@ -237,7 +294,8 @@ impl Pack {
     fn begin(self: &Arc<Pack>, unit: UnitIndex, state: u8, flights: &mut HashMap<UnitIndex, Flight>) -> Fill {
         self.units.set(unit, FILLING);
         flights.insert(unit, Flight::default());
-        Fill { pack: Arc::clone(self), unit, cached: state == UNCHECKED, ended: false }
+        let losses = self.units.losses.load(Ordering::Relaxed);
+        Fill { pack: Arc::clone(self), unit, cached: state == UNCHECKED, losses, ended: false }
     }
 }
 
@@ -272,7 +330,8 @@ impl Fill {
         }
     }
 
-    /// The write of the unit to the local file has returned: the unit is Ready.
+    /// The write of the unit to the local file has returned, or what an earlier process wrote is right: the unit is Ready. (Unless a sync
+    /// failed since the fill began: then the write may be lost, and those who wait claim it again.)
     pub fn stored(mut self, verified: Verified) {
         self.end(READY, Some(Ok(verified)));
     }
@@ -296,16 +355,17 @@ impl Fill {
     fn end(&mut self, state: u8, outcome: Option<Outcome>) {
         self.ended = true;
         let units = &self.pack.units;
-        let flight = {
+        let (flight, lost) = {
             let mut flights = units.flights();
-            units.set(self.unit, state);
-            flights.remove(&self.unit).unwrap_or_default()
+            let lost = state == READY && !self.cached && units.losses.load(Ordering::Relaxed) != self.losses;
+            units.set(self.unit, if lost { ABSENT } else { state });
+            (flights.remove(&self.unit).unwrap_or_default(), lost)
         };
-        if state == READY && !self.cached {
-            // After the state, so that whoever takes the flag sees the unit.
+        if state != ABSENT {
+            // After the state, so that whoever takes the flag sees the unit. Also if it was stored before: a map saved meanwhile lacks it.
             units.not_saved();
         }
-        let Some(outcome) = outcome else { return };
+        let Some(outcome) = outcome.filter(|_| !lost) else { return };
         for tx in flight.bytes.into_iter().chain(flight.stored) {
             // An asker that gave up does not matter.
             let _ = tx.send(outcome.clone());
@@ -410,7 +470,8 @@ mod tests {
         drop(fill(&pack));
         let mut checking = fill(&pack);
         assert!(checking.is_cached(), "a check that was cut short decides nothing");
-        assert!(!pack.units().has_changed());
+        assert_eq!(pack.units().to_save().map(|map| map.present.count()), Some(0), "a unit being checked may turn out wrong");
+        pack.units().not_saved();
         checking.not_cached();
         let map = pack.units().to_save().expect("a unit was lost");
         assert_eq!((map.generation, map.present.count()), (1, 0));
@@ -424,7 +485,7 @@ mod tests {
         assert_eq!(pack.units().to_save(), None);
         fill(&pack).stored(verified(&sample));
         let map = pack.units().to_save().expect("a unit was stored");
-        assert!(map.present.has(UNIT) && !pack.units().has_changed() && !pack.units().is_saved(UNIT));
+        assert!(map.present.has(UNIT) && !pack.units().has_changed());
         pack.units().not_saved();
         let map = pack.units().to_save().expect("it was not saved");
         pack.units().saved(map);
@@ -433,6 +494,89 @@ mod tests {
         assert!(!pack.units().is_ready(UNIT));
         let map = pack.units().to_save().expect("a unit was lost");
         assert_eq!((map.generation, map.present.count()), (2, 0));
+    }
+
+    #[test]
+    fn a_map_being_saved_names_its_units_until_another_is_saved() {
+        let (sample, pack) = pack();
+        let units = pack.units();
+        fill(&pack).stored(verified(&sample));
+        assert!(!units.is_saved(UNIT));
+        let map = units.to_save().expect("a unit was stored");
+        assert!(units.is_saved(UNIT), "it may be on disk by now");
+        assert!(map.present.has(UNIT));
+        units.lose(UNIT);
+        for attempt in 0..2 {
+            units.not_saved();
+            assert_eq!(units.to_save().expect("nothing was saved").present.count(), 0);
+            assert!(units.is_saved(UNIT), "attempt {attempt} failed as well: the first may be there");
+        }
+        units.not_saved();
+        let map = units.to_save().expect("nothing was saved");
+        units.saved(map);
+        assert!(!units.is_saved(UNIT));
+    }
+
+    #[test]
+    fn a_map_saved_during_a_check_does_not_drop_the_unit_for_good() {
+        let (sample, _) = pack();
+        let mut saved = Saved::nothing(3);
+        saved.present.insert(UNIT);
+        for right in [true, false] {
+            let pack = sample.pack_with(&saved);
+            let checking = fill(&pack);
+            pack.units().not_saved();
+            let without = pack.units().to_save().expect("a unit may turn out wrong");
+            pack.units().saved(without);
+            if right {
+                checking.stored(verified(&sample))
+            } else {
+                drop(checking)
+            }
+            let map = pack.units().to_save().expect("the unit is as it was");
+            assert!(map.present.has(UNIT));
+            pack.units().saved(map);
+            drop(pack.claim(UNIT, Wants::Bytes));
+            assert_eq!(pack.units().to_save(), None, "a check alone is nothing to save");
+        }
+    }
+
+    #[test]
+    fn a_failed_sync_loses_what_no_saved_map_names_and_what_is_being_written() {
+        let (sample, pack) = pack();
+        let units = pack.units();
+        fill(&pack).stored(verified(&sample));
+        let map = units.to_save().expect("a unit was stored");
+        assert!(map.present.has(UNIT));
+        units.lose_unsaved();
+        assert!(!units.is_ready(UNIT) && !units.is_saved(UNIT), "the map was not written either");
+
+        let written = fill(&pack);
+        let waiting = wait(&pack, Wants::Stored);
+        units.lose_unsaved();
+        written.stored(verified(&sample));
+        assert_eq!(outcome(waiting), Some(Err(Unfilled::Dropped)), "whoever waits tries again");
+        assert!(!units.is_ready(UNIT));
+
+        fill(&pack).stored(verified(&sample));
+        let map = units.to_save().expect("a unit was stored");
+        units.saved(map);
+        units.lose_unsaved();
+        assert!(units.is_ready(UNIT), "what was durable stays so");
+    }
+
+    #[test]
+    fn what_an_earlier_life_stored_is_durable_and_yet_not_to_be_relied_on_unchecked() {
+        let sample = Sample::mixed(2, 65_536);
+        let mut saved = Saved::nothing(1);
+        saved.present.insert(UnitIndex(0));
+        let pack = sample.pack_with(&saved);
+        assert!(!pack.units().all_durable());
+        let mut bytes = Buffer::new(65_536);
+        bytes.copy_from_slice(&sample.bytes);
+        let Claim::Fill(check) = pack.claim(UnitIndex(0), Wants::Bytes) else { panic!("it is to be checked") };
+        check.stored(Verified::check(pack.table(), UnitIndex(0), bytes).expect("the unit's own bytes"));
+        assert!(pack.units().all_durable());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use erofs::block::{BLOCK_SIZE, UnitBits, blocks_for};
 use erofs::digest::Digest;
@@ -103,8 +104,12 @@ struct Inner {
     syncs: usize,
     crash_at: Option<(usize, u64)>,
     crashed: bool,
+    lose_at_next_sync: bool,
+    fail_next_read: bool,
+    hold_maps: bool,
     refuse_writes: Option<io::ErrorKind>,
     writes: usize,
+    overwrites: usize,
 }
 
 #[derive(Default)]
@@ -112,7 +117,11 @@ struct Image {
     live: Vec<u8>,
     durable: Vec<u8>,
     unsynced: BTreeSet<usize>,
+    /// Blocks that a failed sync left in memory only.
+    lost: BTreeSet<usize>,
     map: Vec<u8>,
+    /// The slot of the map that is being written.
+    map_under_way: Option<Vec<u8>>,
 }
 
 impl FakeDisk {
@@ -121,19 +130,45 @@ impl FakeDisk {
         self.lock().crash_at = Some((at, seed));
     }
 
-    /// Whether the power has failed. Every operation since then failed.
-    pub fn crashed(&self) -> bool {
-        self.lock().crashed
+    /// The next sync fails as the kernel's do: nothing gets onto the disk, later syncs work and do not try those blocks again, and readers see
+    /// them until [`FakeDisk::evict`].
+    pub fn lose_at_next_sync(&self) {
+        self.lock().lose_at_next_sync = true;
     }
 
-    /// Syncs so far.
-    pub fn syncs(&self) -> usize {
-        self.lock().syncs
+    /// Memory is needed: what a failed sync left there only is gone.
+    pub fn evict(&self) {
+        for image in self.lock().images.values_mut() {
+            for block in std::mem::take(&mut image.lost) {
+                let range = block * BLOCK..(block + 1) * BLOCK;
+                image.live[range.clone()].copy_from_slice(&image.durable[range]);
+            }
+        }
+    }
+
+    /// The next read fails.
+    pub fn fail_next_read(&self) {
+        self.lock().fail_next_read = true;
+    }
+
+    /// Writes of maps do not end before this is taken back.
+    pub fn hold_maps(&self, hold: bool) {
+        self.lock().hold_maps = hold;
+    }
+
+    /// Whether a map is being written.
+    pub fn map_under_way(&self) -> bool {
+        self.lock().images.values().any(|image| image.map_under_way.is_some())
     }
 
     /// Units written so far.
     pub fn writes(&self) -> usize {
         self.lock().writes
+    }
+
+    /// Those among them that the map said were there, or may have said: it would have told lies had the power failed (invariant 6).
+    pub fn overwrites(&self) -> usize {
+        self.lock().overwrites
     }
 
     /// From now on writes fail like this (or work again).
@@ -149,6 +184,8 @@ impl FakeDisk {
         for image in inner.images.values_mut() {
             image.live = image.durable.clone();
             image.unsynced.clear();
+            image.lost.clear();
+            image.map_under_way = None;
         }
     }
 
@@ -218,6 +255,9 @@ impl Disk for FakeDisk {
     async fn read(&self, pack: &Pack, offset: u64, mut buffer: Buffer) -> io::Result<Buffer> {
         tokio::task::yield_now().await;
         let mut inner = self.lock();
+        if std::mem::take(&mut inner.fail_next_read) {
+            return Err(io::Error::other("the disk gives nothing here"));
+        }
         let image = inner.image(pack)?;
         let bytes = image.live.get(offset as usize..offset as usize + buffer.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
         buffer.copy_from_slice(bytes);
@@ -234,7 +274,12 @@ impl Disk for FakeDisk {
         let at = pack.unit_start(unit.unit()) as usize;
         let image = inner.image(pack)?;
         image.live[at..at + unit.bytes().len()].copy_from_slice(unit.bytes());
-        image.unsynced.extend(at / BLOCK..at / BLOCK + blocks_for(unit.bytes().len() as u64) as usize);
+        let blocks = at / BLOCK..at / BLOCK + blocks_for(unit.bytes().len() as u64) as usize;
+        image.unsynced.extend(blocks.clone());
+        image.lost.retain(|block| !blocks.contains(block));
+        let maps = [Some(&image.map), image.map_under_way.as_ref()];
+        let named = maps.into_iter().flatten().any(|map| decode(&pack.digest(), pack.table().unit_count(), map).present.has(unit.unit()));
+        inner.overwrites += usize::from(named);
         inner.writes += 1;
         Ok(())
     }
@@ -246,6 +291,12 @@ impl Disk for FakeDisk {
         if let Some(seed) = inner.count_sync() {
             return Err(inner.crash(seed));
         }
+        if std::mem::take(&mut inner.lose_at_next_sync) {
+            let image = inner.image(pack)?;
+            let mut lost = std::mem::take(&mut image.unsynced);
+            image.lost.append(&mut lost);
+            return Err(io::Error::other("the disk took nothing"));
+        }
         let image = inner.image(pack)?;
         for block in std::mem::take(&mut image.unsynced) {
             let range = block * BLOCK..(block + 1) * BLOCK;
@@ -255,10 +306,15 @@ impl Disk for FakeDisk {
     }
 
     async fn write_map(&self, pack: &Pack, offset: u64, slot: Vec<u8>) -> io::Result<()> {
+        self.lock().image(pack)?.map_under_way = Some(slot.clone());
         tokio::task::yield_now().await;
+        while self.lock().hold_maps {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         let mut inner = self.lock();
         let fatal = inner.image(pack).map(drop).map(|()| inner.count_sync())?;
         let image = inner.image(pack)?;
+        image.map_under_way = None;
         image.map.resize(2 * SLOT, 0);
         // Disks write sectors of 512 bytes whole.
         let torn = fatal.map_or(slot.len(), |seed| seed as usize % (slot.len() / 512 + 1) * 512);

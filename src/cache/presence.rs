@@ -48,6 +48,11 @@ impl Presence {
         self.bits[unit.0 as usize / 8] |= 1 << (unit.0 % 8);
     }
 
+    /// Adds the units of another set of the same pack.
+    pub fn add(&mut self, other: &Presence) {
+        self.bits.iter_mut().zip(&other.bits).for_each(|(byte, more)| *byte |= more);
+    }
+
     /// Whether the unit is in the set.
     pub fn has(&self, unit: UnitIndex) -> bool {
         unit.0 < self.units && self.bits[unit.0 as usize / 8] & 1 << (unit.0 % 8) != 0

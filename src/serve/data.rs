@@ -24,7 +24,7 @@ use super::{Job, Limits};
 use crate::cache::ahead::Window;
 use crate::cache::claim::Unfilled;
 use crate::cache::disk::Disk;
-use crate::cache::presence::{Saved, encode};
+use crate::cache::presence::encode;
 use crate::cache::{Claim, Fill, Pack, PackFile, UnitIndex, Verified, Wait, Wants};
 use crate::kernel::Ask;
 use crate::metrics::Metrics;
@@ -390,21 +390,20 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
         }
         let _one_at_a_time = pack.units().saving().await;
         let Some(map) = pack.units().to_save() else { return Ok(()) };
-        match self.write_out(pack, &map).await {
-            Ok(()) => pack.units().saved(map),
-            Err(error) => {
-                tracing::warn!(pack = %pack.digest(), %error, "cannot save what is cached; it would be fetched again after a restart");
-                pack.units().not_saved();
-                return Err(error);
-            }
+        if let Err(error) = self.disk.sync(pack).await {
+            tracing::warn!(pack = %pack.digest(), %error, "the cache's disk did not take what was written; it is fetched again when asked for. Check the disk");
+            // Invariants 1 and 6: the next sync would succeed, and say nothing about this data.
+            pack.units().lose_unsaved();
+            return Err(error);
         }
+        let (offset, slot) = encode(&pack.digest(), &map);
+        if let Err(error) = self.disk.write_map(pack, offset, slot).await {
+            tracing::warn!(pack = %pack.digest(), %error, "cannot save what is cached; it would be fetched again after a restart");
+            pack.units().not_saved();
+            return Err(error);
+        }
+        pack.units().saved(map);
         Ok(())
-    }
-
-    async fn write_out(&self, pack: &Pack, map: &Saved) -> std::io::Result<()> {
-        self.disk.sync(pack).await?;
-        let (offset, slot) = encode(&pack.digest(), map);
-        self.disk.write_map(pack, offset, slot).await
     }
 }
 

@@ -74,6 +74,15 @@ impl Life {
     }
 }
 
+/// Waits, far longer than it takes on the busiest machine.
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = std::time::Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(60), "waited in vain: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 #[test]
 fn bytes_are_right_wherever_an_ask_begins_and_ends() {
     for wants in [Wants::Bytes, Wants::Stored] {
@@ -184,13 +193,51 @@ fn the_next_life_uses_what_was_stored_and_checks_it_first() {
 
     world.disk.rot(&world.sample.digest(), 3 * UNIT as usize + 77, 0x20);
     let second = world.begin(Wants::Bytes);
-    assert!(second.engine.is_complete(&second.pack));
+    assert!(!second.engine.is_complete(&second.pack), "nothing is relied on that this life has not seen");
     assert_eq!(second.all(), Ok(()));
     assert_eq!(world.store_reads(), reads + 1, "only the rotten unit is fetched");
     assert_eq!(second.engine.metrics.units_damaged.get(), 1);
     second.engine.stop();
     assert!(second.engine.is_complete(&second.pack));
     assert!(world.disk.holds(&world.sample.digest(), 0, &world.sample.bytes));
+}
+
+#[test]
+fn what_a_failed_sync_lost_is_fetched_again() {
+    for wants in [Wants::Bytes, Wants::Stored] {
+        let world = World::new(Sample::mixed(13, 8 * UNIT as usize));
+        let life = world.begin(wants);
+        world.disk.lose_at_next_sync();
+        assert_eq!(life.all(), Ok(()));
+        life.engine.flush();
+        life.engine.flush();
+        world.disk.evict();
+        assert_eq!(life.all(), Ok(()), "{wants:?}");
+        life.engine.stop();
+        assert!(life.engine.is_complete(&life.pack));
+        assert_eq!(world.saved().present.count(), 8);
+        assert!(world.disk.durable(&world.sample.digest()) == world.sample.bytes);
+    }
+}
+
+#[test]
+fn no_unit_is_overwritten_while_a_map_that_names_it_is_being_written() {
+    let world = World::new(Sample::mixed(14, 4 * UNIT as usize));
+    let life = world.begin(Wants::Bytes);
+    world.disk.hold_maps(true);
+    assert_eq!(life.read(0, 4096), Ok(()));
+    let engine = Arc::clone(&life.engine);
+    until("the unit is stored", || life.pack.units().is_ready(UnitIndex(0)));
+    let flushing = thread::spawn(move || engine.flush());
+    until("its map is being written", || world.disk.map_under_way());
+    world.disk.fail_next_read();
+    assert_eq!(life.read(0, 4096), Ok(()), "fetched again");
+    // Time for the write to go wrong in; if it is too short, the test sees less.
+    thread::sleep(Duration::from_millis(50));
+    world.disk.hold_maps(false);
+    flushing.join().expect("no panic");
+    life.engine.stop();
+    assert_eq!((world.disk.writes(), world.disk.overwrites()), (2, 0));
 }
 
 #[test]
@@ -311,6 +358,7 @@ proptest! {
         let second = world.begin(Wants::Bytes);
         prop_assert_eq!(second.all(), Ok(()));
         second.engine.stop();
+        prop_assert_eq!(world.disk.overwrites(), 0);
         prop_assert!(world.disk.holds(&world.sample.digest(), 0, &world.sample.bytes));
     }
 }
