@@ -13,6 +13,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use erofs::digest::Digest;
 use erofs::pack::PackTable;
@@ -34,9 +35,11 @@ pub struct CacheError {
 }
 
 /// An open cache directory.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct LocalCache {
     dir: PathBuf,
+    /// Makes names of temporary files differ within this process.
+    temp: AtomicU64,
 }
 
 impl LocalCache {
@@ -46,7 +49,7 @@ impl LocalCache {
             let path = dir.join(sub);
             fs::create_dir_all(&path).map_err(|source| CacheError { action: "make directory", path, source })?;
         }
-        Ok(LocalCache { dir: dir.to_owned() })
+        Ok(LocalCache { dir: dir.to_owned(), temp: AtomicU64::new(0) })
     }
 
     /// The file of a pack that the kernel may open.
@@ -90,9 +93,12 @@ impl LocalCache {
     /// Keeps a copy of a pack's tables. Need not be durable: whoever reads it verifies it.
     pub fn keep_tables(&self, pack: &Digest, footer: &[u8], unit_table: &[u8]) -> Result<(), CacheError> {
         let path = self.path("table", pack);
-        let new = path.with_extension("new");
-        at(&new, "write", fs::write(&new, [unit_table, footer].concat()))?;
-        at(&path, "rename a file to", fs::rename(&new, &path))
+        let new = path.with_extension(format!("{}.new", self.temp.fetch_add(1, Ordering::Relaxed)));
+        let kept = at(&new, "write", fs::write(&new, [unit_table, footer].concat()));
+        kept.and_then(|()| at(&path, "rename a file to", fs::rename(&new, &path))).inspect_err(|_| {
+            // It is in nobody's way: a later process uses the name again.
+            let _ = fs::remove_file(&new);
+        })
     }
 
     fn path(&self, sub: &str, pack: &Digest) -> PathBuf {
@@ -205,5 +211,23 @@ mod tests {
         assert_eq!(cache.tables(&pack), Some((footer, b"table".to_vec())));
         fs::write(cache.path("table", &pack), b"short").unwrap();
         assert_eq!(cache.tables(&pack), None);
+    }
+
+    #[test]
+    fn two_mounts_that_share_a_new_pack_keep_its_tables_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = LocalCache::open(dir.path()).unwrap();
+        let (pack, footer, unit_table) = (Digest::of(b"pack"), vec![7; 4096], vec![8; 100_000]);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        cache.keep_tables(&pack, &footer, &unit_table).unwrap();
+                        assert_eq!(cache.tables(&pack), Some((footer.clone(), unit_table.clone())));
+                    }
+                });
+            }
+        });
+        assert_eq!(fs::read_dir(dir.path().join("table")).unwrap().count(), 1, "nothing else is left");
     }
 }
