@@ -69,8 +69,17 @@ impl Disk for RingDisk {
 
     async fn write(&self, pack: &Pack, unit: &Verified) -> io::Result<()> {
         let open = self.open(pack)?;
-        let (result, _) = open.data.write_all_at(unit.bytes().clone(), pack.unit_start(unit.unit())).await;
-        result
+        let (bytes, offset) = (unit.bytes().clone(), pack.unit_start(unit.unit()));
+        match pack.file() {
+            // Not `write_all_at`: it would go on after a short write, perhaps within a page, and Linux 6.1 rounds the offset of such a write
+            // down. The kernel would trust wrong bytes. What a short write did write is right.
+            PackFile::Kernel { .. } => match open.data.write_at(bytes, offset).submit().await {
+                (Ok(written), bytes) if written == bytes.len() => Ok(()),
+                (Ok(_), _) => Err(io::ErrorKind::WriteZero.into()),
+                (Err(error), _) => Err(error),
+            },
+            PackFile::Local { .. } | PackFile::Elsewhere => open.data.write_all_at(bytes, offset).await.0,
+        }
     }
 
     async fn sync(&self, pack: &Pack) -> io::Result<()> {

@@ -17,7 +17,7 @@ use std::path::Path;
 
 use rustix::fs::SeekFrom;
 
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, PAGE};
 
 /// Largest message the kernel sends (`CACHEFILES_MSG_MAX_SIZE`). A smaller buffer risks `EMSGSIZE`.
 pub const MESSAGE_MAX: usize = 1024;
@@ -313,10 +313,8 @@ impl Object {
     pub fn write_at(&self, data: &Buffer, offset: u64) -> io::Result<()> {
         let mut done = 0;
         while done < data.len() {
-            match rustix::io::retry_on_intr(|| rustix::io::pwrite(&self.fd, &data[done..], offset + done as u64))? {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
-                written => done += written,
-            }
+            let written = rustix::io::retry_on_intr(|| rustix::io::pwrite(&self.fd, &data[done..], offset + done as u64))?;
+            done = after_write(done, written, data.len()).ok_or(io::ErrorKind::WriteZero)?;
         }
         Ok(())
     }
@@ -344,6 +342,14 @@ impl AsFd for Object {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// Where to go on when `done` of `len` bytes were written and then `written` more: at a page, so that a page written in part is written
+/// again whole. `None` if that would be no progress.
+fn after_write(done: usize, written: usize, len: usize) -> Option<usize> {
+    let end = done + written;
+    let next = if end == len { end } else { end & !(PAGE - 1) };
+    (next > done).then_some(next)
 }
 
 /// Text of the answer to an `OPEN`: size, or negative errno.
@@ -404,6 +410,22 @@ mod tests {
             let error = Message::parse(bytes).expect_err(what);
             assert!(error.what.contains(what), "{error} should say {what:?}");
         }
+    }
+
+    #[test]
+    fn a_short_write_is_continued_at_a_page() {
+        for (done, written, expected) in [
+            (0, 16_384, Some(16_384)),
+            (0, 8192, Some(8192)),
+            (0, 8704, Some(8192)),
+            (8192, 4097, Some(12_288)),
+            (12_288, 4096, Some(16_384)),
+            (8192, 4095, None),
+            (0, 0, None),
+        ] {
+            assert_eq!(after_write(done, written, 16_384), expected, "{written} after {done}");
+        }
+        assert_eq!(after_write(4096, 512, 4608), Some(4608), "the end is the end");
     }
 
     #[test]
