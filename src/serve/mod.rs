@@ -220,8 +220,8 @@ impl Engine {
         if let Some(pack) = self.packs().get(digest) {
             return Ok(Arc::clone(pack));
         }
-        let table = self.table(digest)?;
         let source = self.source();
+        let table = source.table(digest)?;
         // Local work only under the lock, so that one pack's files are not opened twice.
         let mut packs = self.packs();
         if let Some(pack) = packs.get(digest) {
@@ -230,16 +230,6 @@ impl Engine {
         let pack = Arc::new(source.cache.pack(table)?);
         packs.insert(*digest, Arc::clone(&pack));
         Ok(pack)
-    }
-
-    /// A pack's footer and unit table, verified. From the local copy, or else from the store: blocking.
-    pub fn table(&self, digest: &Digest) -> Result<PackTable, ServeError> {
-        self.source().table(digest)
-    }
-
-    /// Takes in a pack whose file someone else opened: the kernel, or a test. It takes the place of one of the same name.
-    pub fn adopt(&self, pack: Arc<Pack>) {
-        self.packs().insert(pack.digest(), pack);
     }
 
     /// Saves what is known of a pack and closes its files, once nothing refers to it any more. To be called when no backend has it

@@ -47,7 +47,7 @@ impl World {
         let engine = Engine::with_seams(2, 2, limits, Arc::new(Metrics::new("test")), None, seams).unwrap();
         let saved = self.saved();
         let pack = self.sample.pack_with(&saved);
-        engine.adopt(Arc::clone(&pack));
+        engine.packs().insert(pack.digest(), Arc::clone(&pack));
         let kernel = FakeKernel::new(wants, self.disk.clone(), Arc::clone(&engine) as Arc<dyn Serve>);
         Life { kernel, engine, pack, sample: self.sample.clone() }
     }

@@ -49,8 +49,6 @@ const WANTED: u64 = flag::ASYNC_READ | flag::ASYNC_DIO | flag::PARALLEL_DIROPS |
 
 /// Open flag: reads bypass the FUSE page cache (`FOPEN_DIRECT_IO`).
 pub const OPEN_DIRECT_IO: u32 = 1 << 0;
-/// Open flag: what an earlier open left in the page cache stays (`FOPEN_KEEP_CACHE`).
-pub const OPEN_KEEP_CACHE: u32 = 1 << 1;
 
 /// A request's number, to be repeated in its reply. A resent request carries its old number with the top bit set; it is repeated as it came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -109,13 +107,6 @@ pub enum Operation<'a> {
     Silent,
     /// Anything else, to be refused with `ENOSYS`.
     Other(u32),
-}
-
-impl Operation<'_> {
-    /// Whether the kernel waits for a reply.
-    pub fn wants_reply(&self) -> bool {
-        !matches!(self, Operation::Silent)
-    }
 }
 
 /// A message that is not what `fuse.h` says.
@@ -470,7 +461,7 @@ mod tests {
         let attr = attr_reply(&Attr::Directory);
         assert_eq!(attr[16..24], [1, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(attr[76..84], [0x40, 0x41, 0, 0, 2, 0, 0, 0], "mode 040500, two links");
-        assert_eq!(open_reply(OPEN_KEEP_CACHE), [0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(open_reply(OPEN_DIRECT_IO), [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(statfs_reply(3, 2)[..8], [3, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(out_header(Unique(5), -5, 0), [16, 0, 0, 0, 0xfb, 0xff, 0xff, 0xff, 5, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(out_header(Unique(5), 0, 4)[..4], [20, 0, 0, 0]);
