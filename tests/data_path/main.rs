@@ -17,12 +17,14 @@ use slipway::cache::{Pack, UnitIndex};
 use slipway::kernel::fuse_blob::{Begin, FuseBlob};
 use slipway::kernel::{Ask, Serve};
 use slipway::metrics::Metrics;
-use testbed::{need, require};
+use testbed::{need, require, wait_until};
 use uapi::fuse::Negotiated;
 use uapi::mount::{Unmount, unmount};
 use world::{World, drop_cached, sample};
 
 const EIO: i32 = 5;
+
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn begin() -> Begin {
     Begin::New(Box::new(|_| ()))
@@ -75,11 +77,15 @@ fn eight_readers_get_the_packs_bytes_directly_and_through_erofs() {
     });
     compare(&data, &sample.bytes, 0).unwrap();
     assert_eq!(life.metrics.asks_failed.get(), 0);
-    assert_eq!(life.metrics.units_filled.get(), 192, "every unit once");
 
-    life.engine.flush();
+    // Readers have their bytes before these are written.
     let pack = life.engine.pack(&sample.digest()).unwrap();
-    assert!(life.engine.is_complete(&pack));
+    wait_until("the pack is complete", PATIENCE, || {
+        life.engine.flush();
+        Ok(life.engine.is_complete(&pack).then_some(()))
+    })
+    .unwrap();
+    assert_eq!(life.metrics.units_filled.get(), 192, "every unit once");
     let direct = world.mount_image(&sample, &life.engine.local_file(&sample.digest()), "direct");
     compare(&direct, &sample.bytes, 0).unwrap();
     for at in [direct, data] {
@@ -185,7 +191,7 @@ fn a_successor_answers_what_its_predecessor_left_unanswered() {
         let (blob, expected) = (blob.clone(), sample.bytes.clone());
         move || compare(&blob, &expected, 0)
     });
-    was_taken.recv_timeout(Duration::from_secs(20)).expect("a read request");
+    was_taken.recv_timeout(PATIENCE).expect("a read request");
     drop(doomed);
 
     let negotiated = Negotiated::from_bytes(&agreed.recv().unwrap()).unwrap();
