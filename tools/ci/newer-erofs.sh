@@ -6,6 +6,14 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 suite=trixie
 out=${SLIPWAY_CACHE:-$HOME/.cache/slipway}/newer-erofs/$suite
+if [ -d "$out/bin" ]; then
+    echo "$out/bin"
+    exit 0
+fi
+
+mkdir -p "$(dirname "$out")"
+exec 9>"$out.lock"
+flock 9 # two at once would write over each other; the second finds the first one's result
 if [ ! -d "$out/bin" ]; then
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
