@@ -1,17 +1,23 @@
 //! Debian's docker-registry on a loopback port, and what its log says was fetched.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, wait_until};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
+/// An answered request is in the log within a moment. One whose end is never logged (an answer that is neither success nor an error of
+/// the registry's own) keeps nobody waiting longer than this.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
 /// A registry of its own, plain HTTP, data under its directory. Ended when dropped.
 #[derive(Debug)]
@@ -33,7 +39,7 @@ impl Registry {
         fs::write(
             &config,
             format!(
-                "version: 0.1\nlog:\n  level: info\n  formatter: json\n  accesslog:\n    disabled: true\n\
+                "version: 0.1\nlog:\n  level: debug\n  formatter: json\n  accesslog:\n    disabled: true\n\
                  storage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\n  cache:\n    blobdescriptor: inmemory\n\
                  http:\n  addr: 127.0.0.1:0\n",
                 data.display()
@@ -59,13 +65,28 @@ impl Registry {
 
     /// Now, as a point in the log: later calls of [`Registry::blob_bytes`] count from there.
     pub fn mark(&self) -> Mark {
-        Mark(self.daemon.log().len())
+        Mark(self.settled_log().len())
     }
 
     /// Bytes of blobs answered to GET requests since `mark`, by digest (`sha256:…`). Counts what was really sent, from the
     /// registry's own log; HEAD requests send nothing and are not counted.
     pub fn blob_bytes(&self, mark: Mark) -> BTreeMap<String, u64> {
-        blob_bytes(self.daemon.log().get(mark.0..).unwrap_or_default())
+        blob_bytes(self.settled_log().get(mark.0..).unwrap_or_default())
+    }
+
+    /// The log with everything that was answered before this call.
+    ///
+    /// The registry logs the end of a request after its client has the answer, so another request's line may still be missing. It logs the
+    /// beginning before it answers: once a request of our own is in the log, all earlier beginnings are, and their ends can be waited for.
+    fn settled_log(&self) -> String {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let uri = format!("/v2/?settled={}", NEXT.fetch_add(1, Ordering::Relaxed));
+        if get(&self.host, &uri).is_ok() {
+            // Too late is as good as it gets: see the limit.
+            let _ = wait_until("the registry's log is complete", SETTLE_LIMIT, || Ok(is_settled(&self.daemon.log(), &uri).then_some(())));
+        }
+        // A registry that has ended answers nothing, and its log is complete.
+        self.daemon.log()
     }
 
     /// Ends the registry; its address then refuses connections.
@@ -78,6 +99,8 @@ impl Registry {
 #[derive(Deserialize)]
 struct Line {
     msg: String,
+    #[serde(rename = "http.request.id", default)]
+    id: String,
     #[serde(rename = "http.request.method", default)]
     method: String,
     #[serde(rename = "http.request.uri", default)]
@@ -88,6 +111,28 @@ struct Line {
 
 fn lines(log: &str) -> impl Iterator<Item = Line> + '_ {
     log.lines().filter_map(|line| serde_json::from_str(line).ok())
+}
+
+/// Asks and waits for the end of the answer.
+fn get(host: &str, uri: &str) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(host)?;
+    stream.set_read_timeout(Some(SETTLE_LIMIT))?;
+    write!(stream, "GET {uri} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
+    stream.read_to_end(&mut Vec::new()).map(drop)
+}
+
+/// Whether the request of `uri` and all that began before it have ended.
+fn is_settled(log: &str, uri: &str) -> bool {
+    let (mut begun, mut seen, mut ended) = (BTreeSet::new(), false, BTreeSet::new());
+    for line in lines(log) {
+        if line.msg == "authorizing request" && !seen {
+            seen = line.uri == uri;
+            begun.insert(line.id);
+        } else if line.msg.starts_with("response completed") {
+            ended.insert(line.id);
+        }
+    }
+    seen && begun.is_subset(&ended)
 }
 
 fn listening_on(log: &str) -> Option<String> {
@@ -107,7 +152,7 @@ fn blob_bytes(log: &str) -> BTreeMap<String, u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Scratch, need, require};
+    use crate::{Compression, Entry, Image, Layer, Layout, Scratch, need, require};
 
     #[test]
     fn only_blob_bodies_are_counted() {
@@ -131,15 +176,50 @@ mod tests {
     }
 
     #[test]
+    fn a_log_is_complete_when_all_requests_before_ours_have_ended() {
+        let line = |msg: &str, id: &str, uri: &str| format!("{{\"msg\":\"{msg}\",\"http.request.id\":\"{id}\",\"http.request.uri\":\"{uri}\"}}\n");
+        let begin = |id: &str, uri: &str| line("authorizing request", id, uri);
+        let end = |id: &str| line("response completed", id, "");
+        let check = |log: &[String], expected: bool| assert_eq!(is_settled(&log.concat(), "/our"), expected, "{log:#?}");
+        check(&[], false);
+        check(&[begin("1", "/a"), end("1")], false);
+        check(&[begin("2", "/our")], false);
+        check(&[begin("2", "/our"), end("2")], true);
+        check(&[begin("1", "/a"), begin("2", "/our"), end("2")], false);
+        check(&[begin("1", "/a"), begin("2", "/our"), end("2"), end("1")], true);
+        check(&[begin("1", "/a"), begin("2", "/our"), line("response completed with error", "1", ""), end("2")], true);
+        check(&[begin("2", "/our"), begin("3", "/later"), end("2")], true);
+    }
+
+    #[test]
+    fn what_was_answered_is_counted_at_once() {
+        require!(need::command("docker-registry"), need::command("skopeo"));
+        let scratch = Scratch::new("registry").expect("a scratch directory");
+        let registry = Registry::start(&scratch.join("registry")).expect("a registry");
+        let layout = Layout::create(&scratch.join("layout")).expect("a layout");
+        let layer = Layer::new([Entry::file("a", vec![7; 100_000])]);
+        let built = layout.add("1", &Image::new().layer(&layer, Compression::Plain)).expect("an image");
+        layout.push("1", &registry.reference("a:1")).expect("a push");
+        let layer = &built.layers[0];
+        for _ in 0..50 {
+            let mark = registry.mark();
+            get(registry.host(), &format!("/v2/a/blobs/{}", layer.digest)).expect("a blob");
+            assert_eq!(registry.blob_bytes(mark), BTreeMap::from([(layer.digest.clone(), layer.size)]));
+        }
+    }
+
+    #[test]
     fn a_registry_answers_on_its_own_port_and_ends_with_its_guard() {
         require!(need::command("docker-registry"));
         let scratch = Scratch::new("registry").expect("a scratch directory");
         let one = Registry::start(&scratch.join("one")).expect("a registry");
         let two = Registry::start(&scratch.join("two")).expect("a second registry beside it");
         assert_ne!(one.host(), two.host());
-        let host = one.host().to_owned();
-        assert!(std::net::TcpStream::connect(&host).is_ok());
+        assert!(TcpStream::connect(one.host()).is_ok());
+        // Not by its port, which another process may get at once.
+        let process = format!("/proc/{}", one.daemon.pid());
+        assert!(Path::new(&process).exists());
         drop(one);
-        assert!(std::net::TcpStream::connect(&host).is_err());
+        assert!(!Path::new(&process).exists());
     }
 }
