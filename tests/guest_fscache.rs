@@ -5,21 +5,14 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use testbed::{Compression, Converter, Entry, GuestKernel, Image, Layer, Layout, Scratch, TreeDigest, binary, need, require, run};
+use testbed::{Compression, Converter, Entry, GuestKernel, Image, Layer, Layout, Scratch, TreeDigest, binary, need, noise, require, run};
 
 /// Booting takes a second and the test a few; a guest on a loaded machine gets ample more.
 const LIMIT: Duration = Duration::from_secs(180);
 
-/// Large enough for many units, and not compressible to nothing.
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8 & 0x3f
-    };
-    (0..len).map(|_| next()).collect()
+/// Random bytes with two bits unused, so that their units are stored compressed.
+fn contents(len: usize, seed: u64) -> Vec<u8> {
+    noise(seed, len).into_iter().map(|byte| byte & 0x3f).collect()
 }
 
 fn layers() -> [Layer; 2] {
@@ -31,15 +24,15 @@ fn layers() -> [Layer; 2] {
         Entry::dir("usr/lib").mtime(1_500_000_000, 999_999_999),
         Entry::dir("usr/share"),
         Entry::dir("etc/conf.d"),
-        Entry::file("usr/lib/big", noise(24 << 20, 1)).mtime(1_600_000_000, 123_456_789),
+        Entry::file("usr/lib/big", contents(24 << 20, 1)).mtime(1_600_000_000, 123_456_789),
         Entry::file("usr/lib/gone", "under a whiteout"),
-        Entry::file("usr/bin/tool", noise(300_000, 2)).mode(0o4755),
+        Entry::file("usr/bin/tool", contents(300_000, 2)).mode(0o4755),
         Entry::symlink("usr/bin/alias", "tool"),
         Entry::hard_link("usr/bin/same", "usr/bin/tool").mode(0o4755),
         Entry::file("usr/share/labelled", "x").xattr("user.note", b"kept"),
         Entry::file("usr/share/empty", ""),
     ];
-    let top = [Entry::whiteout("usr/lib/gone"), Entry::file("usr/lib/second", noise(3 << 20, 3)), Entry::file("etc/conf.d/007", "replaced\n")];
+    let top = [Entry::whiteout("usr/lib/gone"), Entry::file("usr/lib/second", contents(3 << 20, 3)), Entry::file("etc/conf.d/007", "replaced\n")];
     [Layer::new(base.into_iter().chain(small)), Layer::new(top)]
 }
 

@@ -230,10 +230,9 @@ async fn failures_that_stay_name_the_host_the_thing_and_the_status() {
 
 #[tokio::test]
 async fn an_unreachable_registry_is_named() {
-    // Nothing listens on the port of a listener that is gone.
-    let port = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
-    let error = Source::parse(&format!("127.0.0.1:{port}/app"), false).unwrap().resolve(&Platform::host()).await.unwrap_err();
-    assert!(matches!(&error, OciError::Unreachable { host, .. } if *host == format!("127.0.0.1:{port}")), "{error:?}");
+    let dead = testbed::DeadAddress::new().unwrap();
+    let error = Source::parse(&format!("{}/app", dead.host()), false).unwrap().resolve(&Platform::host()).await.unwrap_err();
+    assert!(matches!(&error, OciError::Unreachable { host, .. } if *host == dead.host()), "{error:?}");
 }
 
 #[tokio::test]
@@ -396,10 +395,11 @@ async fn a_token_that_does_not_help_is_a_refusal() {
 
 #[tokio::test]
 async fn a_redirect_to_a_dead_host_names_that_host() {
-    let dead = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
-    let server = Server::start(move |_| Reply::Whole(307, format!("Location: http://127.0.0.1:{dead}/x\r\n"), Vec::new())).await;
+    let dead = testbed::DeadAddress::new().unwrap();
+    let location = format!("Location: http://{}/x\r\n", dead.host());
+    let server = Server::start(move |_| Reply::Whole(307, location.clone(), Vec::new())).await;
     let error = resolve(&server).await.unwrap_err();
-    assert!(matches!(&error, OciError::Unreachable { host, .. } if *host == format!("127.0.0.1:{dead}")), "{error:?}");
+    assert!(matches!(&error, OciError::Unreachable { host, .. } if *host == dead.host()), "{error:?}");
 }
 
 #[tokio::test]

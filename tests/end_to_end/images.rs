@@ -1,20 +1,6 @@
 //! Images that hold one of everything a layer can hold.
 
-use testbed::{Compression, Entry, EntryKind, Image, Layer};
-
-/// Bytes that no compressor shrinks and that differ for each seed (xorshift64*).
-pub fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(length + 8);
-    while bytes.len() < length {
-        state ^= state >> 12;
-        state ^= state << 25;
-        state ^= state >> 27;
-        bytes.extend_from_slice(&state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes());
-    }
-    bytes.truncate(length);
-    bytes
-}
+use testbed::{Compression, Entry, EntryKind, Image, Layer, noise};
 
 /// Text that compresses well.
 fn prose(length: usize) -> Vec<u8> {

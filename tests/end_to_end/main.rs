@@ -6,7 +6,7 @@ mod world;
 use std::fs;
 use std::os::unix::fs::FileExt;
 
-use testbed::{Compression, Image, SlipwaydConfig, need, require};
+use testbed::{Compression, Image, SlipwaydConfig, need, noise, require};
 use world::{World, assert_same_tree, store_files};
 
 /// The same number on every Linux architecture.
@@ -29,7 +29,7 @@ fn a_converted_image_starts_from_its_original_reference_without_fetching_a_layer
     assert_eq!(node.pull(&world, &reference, &built), [""; 0], "no layer is fetched");
     assert_eq!(node.containerd.run(&reference, &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
     let same = world.scratch.join("same");
-    fs::write(&same, images::noise(77, 100_000)).expect("a file");
+    fs::write(&same, noise(77, 100_000)).expect("a file");
     let sum = |text: String| text.split(' ').next().map(str::to_owned);
     assert_eq!(
         sum(node.containerd.run(&reference, &["/bin/md5sum", "/data/prose-dir/new"]).expect("a container")),

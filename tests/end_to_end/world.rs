@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use testbed::{BuiltImage, Containerd, Converter, Difference, Image, Layout, Registry, Scratch, Slipwayd, SlipwaydConfig, Snapshotter, TreeDigest};
+use testbed::{
+    BuiltImage, Containerd, Converter, Difference, Image, Layout, Registry, Scratch, Slipwayd, SlipwaydConfig, Snapshotter, TreeDigest, files_below,
+};
 
 /// Everything but the nodes. Dropping it leaves nothing behind.
 pub struct World {
@@ -93,18 +95,5 @@ pub fn assert_same_tree(plain: &TreeDigest, lazy: &TreeDigest) {
 
 /// All files of the store whose name ends so, in order.
 pub fn store_files(store: &Path, suffix: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut pending = vec![store.to_path_buf()];
-    while let Some(dir) = pending.pop() {
-        for entry in std::fs::read_dir(dir).expect("the store can be listed") {
-            let path = entry.expect("the store can be listed").path();
-            if path.is_dir() {
-                pending.push(path);
-            } else if path.to_string_lossy().ends_with(suffix) {
-                found.push(path);
-            }
-        }
-    }
-    found.sort();
-    found
+    files_below(store).into_iter().filter(|path| path.to_string_lossy().ends_with(suffix)).map(|path| store.join(path)).collect()
 }

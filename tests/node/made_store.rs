@@ -11,26 +11,13 @@ use erofs::pack::{PackWriter, encode_unit};
 use slipway::oci::{ChainId, DiffId, Sha256, chain_ids};
 use slipway::store::record::tool;
 use slipway::store::{Name, Payload, SigningKey, Sizes, Store};
+use testbed::Noise;
 
 /// Not a multiple of anything: tails of files and of chunks are read as well.
 pub const FILE_LEN: usize = 2 * 1024 * 1024 + 12_345;
 
 /// Name and content of the upper layer's one file.
 pub const NOTE: &str = "note";
-
-/// A generator of numbers that look random and are the same each time (splitmix64).
-pub struct Noise(pub u64);
-
-impl Noise {
-    /// The next number.
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-}
 
 /// A file's bytes. Every other one compresses, and none has eight equal bytes anywhere, so that zeros can only come from a hole.
 pub fn content(file: u64) -> Vec<u8> {

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use slipway::oci::ChainId;
 use slipway::store::SigningKey;
-use testbed::{Scratch, Slipwayd, SlipwaydConfig, binary, need, require, run, wait_until};
+use testbed::{Noise, Scratch, Slipwayd, SlipwaydConfig, binary, need, require, run, wait_until};
 
-use crate::made_store::{FILE_LEN, Noise, content, make_store, name};
+use crate::made_store::{FILE_LEN, content, make_store, name};
 
 const KILLS: usize = 20;
 const READERS: u64 = 8;

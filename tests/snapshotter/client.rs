@@ -4,15 +4,14 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use hyper_util::rt::TokioIo;
 use slipway::metrics::Metrics;
 use slipway::snapshot::proto::snapshots_client::SnapshotsClient;
 use slipway::snapshot::proto::*;
 use slipway::snapshot::{Snapshots, TARGET_REF, serve};
 use tempfile::TempDir;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::oneshot;
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::trees::Trees;
@@ -59,13 +58,7 @@ pub type Outcome<T> = Result<T, Code>;
 
 impl Client {
     pub async fn connect(socket: &Path) -> Client {
-        let socket = socket.to_owned();
-        let connect = tower::service_fn(move |_: Uri| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-        });
-        let channel = Endpoint::from_static("http://unused").connect_with_connector(connect).await.expect("connected");
-        Client(SnapshotsClient::new(channel))
+        Client(SnapshotsClient::new(testbed::grpc_channel(socket).await.expect("connected")))
     }
 
     /// As for a container: without a label.

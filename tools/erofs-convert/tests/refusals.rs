@@ -5,11 +5,10 @@
 mod ground;
 
 use std::fs;
-use std::net::TcpListener;
 use std::process::Command;
 
 use ground::{Ground, files_below, noise};
-use testbed::{BuiltImage, Compression, Entry, Image, Layer, need, require};
+use testbed::{BuiltImage, Compression, DeadAddress, Entry, Image, Layer, need, require};
 
 /// Two layers, the lower one large enough for several reads.
 fn image() -> Image {
@@ -97,8 +96,8 @@ fn missing_platforms_tags_and_layouts_are_named() {
 #[test]
 fn an_unreachable_registry_is_named() {
     let ground = Ground::new("unreachable");
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let host = format!("127.0.0.1:{port}");
+    let dead = DeadAddress::new().unwrap();
+    let host = dead.host();
     ground.run(&["convert", &format!("{host}/team/app:1")]).assert_failed(5, &[&host, "team/app", "Connection refused"]);
     ground.assert_nothing_visible();
 }

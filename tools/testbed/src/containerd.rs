@@ -1,6 +1,8 @@
 //! A containerd of our own: private root, state, socket and plugins; the host's is never touched.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cri::Cri;
-use crate::daemon::{Daemon, output, run, wait_until};
+use crate::daemon::{Daemon, children_of, output, run, wait_until};
 use crate::mounts;
 
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -18,6 +20,8 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// The namespace CRI keeps its images in.
 const NAMESPACE: &str = "k8s.io";
+/// Where every containerd's shims let runc keep the state of that namespace's containers.
+const RUNC_STATE: &str = "/run/containerd/runc/k8s.io";
 
 /// The snapshotter CRI pulls into.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -171,17 +175,7 @@ impl Drop for Containerd {
         // Whatever fails here (containerd may have been killed by the test) is made up for by ending the shims below.
         let _ = self.end_containers();
         let _ = self.daemon.stop();
-        let ours = self.address();
-        let ended = wait_until("the shims have ended", STOP_LIMIT, || {
-            let shims = shims_of(&ours);
-            for &shim in &shims {
-                let _ = kill_process(shim, Signal::KILL);
-            }
-            Ok(shims.is_empty().then_some(()))
-        });
-        if let Err(error) = ended {
-            eprintln!("{error:#}");
-        }
+        end_shims_below(&self.dir);
         mounts::unmount_below(&self.dir);
     }
 }
@@ -277,16 +271,49 @@ fn major_version() -> Result<u32> {
     major.parse().with_context(|| format!("containerd says no version: {said}"))
 }
 
-/// The shims that serve one containerd: their command line names its socket, which lies in a directory only we use.
-fn shims_of(address: &Path) -> Vec<Pid> {
-    let address = address.as_os_str().as_encoded_bytes();
+/// A containerd's helper that keeps one container.
+#[derive(Debug)]
+struct Shim {
+    process: Pid,
+    container: String,
+}
+
+impl Shim {
+    /// Ends the container, so that nothing of it is left on the machine, and then the shim.
+    fn end(&self) {
+        // What has ended meanwhile is no error; what does not end shows in the shims that stay.
+        let _ = run("runc", ["--root", RUNC_STATE, "delete", "--force", &self.container]);
+        for container in children_of(self.process) {
+            let _ = kill_process(container, Signal::KILL);
+        }
+        let _ = kill_process(self.process, Signal::KILL);
+    }
+}
+
+/// Ends what containerds in `dir` left running: containers and their shims.
+pub(crate) fn end_shims_below(dir: &Path) {
+    let ended = wait_until("the shims have ended", STOP_LIMIT, || {
+        let shims = shims_below(dir);
+        shims.iter().for_each(Shim::end);
+        Ok(shims.is_empty().then_some(()))
+    });
+    if let Err(error) = ended {
+        eprintln!("{error:#}");
+    }
+}
+
+/// The shims that serve a containerd in `dir`: their command line names its socket, which lies in a directory only we use.
+fn shims_below(dir: &Path) -> Vec<Shim> {
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let serves = |pid: &i32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let mut args = line.split(|&byte| byte == 0);
-        args.next().is_some_and(|program| program.ends_with(b"containerd-shim-runc-v2")) && args.any(|arg| arg == address)
+    let shim = |pid: i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let args: Vec<&OsStr> = line.split(|&byte| byte == 0).map(OsStr::from_bytes).collect();
+        let (program, args) = args.split_first()?;
+        let ours = program.as_bytes().ends_with(b"containerd-shim-runc-v2") && args.iter().any(|arg| Path::new(arg).starts_with(dir));
+        let id = args.windows(2).find(|pair| pair[0] == "-id").map(|pair| pair[1].to_string_lossy().into_owned());
+        Some(Shim { process: Pid::from_raw(pid)?, container: id? }).filter(|_| ours)
     };
-    pids.filter(serves).filter_map(Pid::from_raw).collect()
+    pids.filter_map(shim).collect()
 }
 
 /// An ID no other container on this machine has: runc keeps its state in one place for all containerds, by namespace and ID.
@@ -360,10 +387,35 @@ mod tests {
         let containerd = Containerd::start(&scratch.join("containerd"), Snapshotter::Overlayfs).expect("a containerd");
         containerd.cri().expect("a CRI client").pull(&reference).expect("a pull");
         containerd.run_detached(&reference, &["/bin/busybox", "sleep", "600"]).expect("a running container");
-        let address = containerd.address();
-        assert_eq!(shims_of(&address).len(), 1);
+        assert_eq!(shims_below(scratch.path()).len(), 1);
         drop(containerd);
-        assert!(shims_of(&address).is_empty());
+        assert!(shims_below(scratch.path()).is_empty());
         assert!(!mounts::is_anything_mounted_below(scratch.path()));
+    }
+
+    #[test]
+    fn the_sweep_ends_containers_whose_test_was_killed() {
+        require!(need::containers(), need::path("/bin/busybox"));
+        let scratch = Scratch::new("sweep").expect("a scratch directory");
+        let registry = Registry::start(&scratch.join("registry")).expect("a registry");
+        let (reference, _) = busybox_image(&scratch, &registry);
+        let dead = scratch.make_dir("slipway-dead-1-0").expect("a directory");
+        fs::write(scratch.join("slipway-dead-1-0.lock"), b"").expect("a lock file nobody holds");
+        let mut containerd = Containerd::start(&dead.join("containerd"), Snapshotter::Overlayfs).expect("a containerd");
+        containerd.cri().expect("a CRI client").pull(&reference).expect("a pull");
+        containerd.run_detached(&reference, &["/bin/busybox", "sleep", "600"]).expect("a running container");
+        containerd.daemon.kill();
+        std::mem::forget(containerd);
+
+        let shims = shims_below(&dead);
+        let containers: Vec<Pid> = shims.iter().flat_map(|shim| children_of(shim.process)).collect();
+        assert_eq!((shims.len(), containers.len()), (1, 1), "they outlive containerd");
+        crate::scratch::sweep(scratch.path());
+        // A process that has ended and that nobody waited for has no command line any more.
+        let runs = |process: &Pid| fs::read(format!("/proc/{process}/cmdline")).is_ok_and(|line| !line.is_empty());
+        wait_until("the container has ended", STOP_LIMIT, || Ok((!containers.iter().any(runs)).then_some(()))).expect("it was killed");
+        assert!(shims_below(&dead).is_empty());
+        assert!(!mounts::is_anything_mounted_below(&dead) && !dead.exists());
+        assert!(!Path::new(RUNC_STATE).join(&shims[0].container).exists(), "runc has forgotten it");
     }
 }

@@ -34,7 +34,7 @@ pub struct CriImage {
 }
 
 /// Connects to a gRPC server on a unix socket.
-pub(crate) async fn connect(socket: &Path) -> Result<Channel> {
+pub async fn grpc_channel(socket: &Path) -> Result<Channel> {
     let path = PathBuf::from(socket);
     // The address is never used: the connector ignores it.
     let endpoint = Endpoint::from_static("http://localhost");
@@ -54,7 +54,7 @@ impl Cri {
     /// Connects to containerd's socket.
     pub fn connect(socket: &Path) -> Result<Cri> {
         let runtime = client_runtime()?;
-        let client = ImageServiceClient::new(runtime.block_on(connect(socket))?);
+        let client = ImageServiceClient::new(runtime.block_on(grpc_channel(socket))?);
         Ok(Cri { runtime, client })
     }
 

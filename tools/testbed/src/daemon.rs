@@ -42,6 +42,13 @@ pub fn wait_until<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Res
     }
 }
 
+/// The children of a process, whichever of its threads started them.
+pub(crate) fn children_of(process: Pid) -> Vec<Pid> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let children = tasks.map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default()).collect::<Vec<_>>().join(" ");
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).filter_map(Pid::from_raw).collect()
+}
+
 /// A running child process, its output going to a log file. Dropping it ends it: SIGTERM, then SIGKILL.
 #[derive(Debug)]
 pub struct Daemon {

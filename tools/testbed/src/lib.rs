@@ -3,7 +3,8 @@
 //!
 //! Every piece is a guard: dropping it (also while a panic unwinds) ends the processes it started, unmounts what it mounted and
 //! removes its files. Processes are ended by the pids this library started, never by name. Should the test process itself be
-//! killed, its children die with it (`setpriv --pdeathsig`) and the next run sweeps the directories it left ([`Scratch`]).
+//! killed, its children die with it (`setpriv --pdeathsig`); containers, their shims, mounts and directories outlive it, and the next run ends
+//! and sweeps those ([`Scratch`]).
 //!
 //! All calls block. Start a piece on the thread that keeps it: its processes die with the thread that started them.
 //!
@@ -17,6 +18,7 @@
 //! | [`GuestKernel`] | Linux 6.1 as a process, for what the running kernel lacks |
 //! | [`LoopFs`] | an ext4 of its own, whose reads the kernel counts |
 //! | [`Layer`], [`Image`], [`Layout`] | OCI images made from entries |
+//! | [`noise`], [`files_below`], [`DeadAddress`] | contents, directory listings and an address where nobody answers |
 //! | [`TreeDigest`] | everything a user can see of a mounted tree, comparable |
 //! | [`require!`] | says what a test needs and skips, or fails, without it |
 
@@ -25,6 +27,8 @@ mod containerd;
 mod converter;
 mod cri;
 mod daemon;
+mod dead_address;
+mod files;
 mod guest;
 mod layer;
 mod layout;
@@ -39,8 +43,10 @@ mod tree_digest;
 pub use binaries::binary;
 pub use containerd::{Containerd, Snapshotter, View};
 pub use converter::Converter;
-pub use cri::{Cri, CriImage};
+pub use cri::{Cri, CriImage, grpc_channel};
 pub use daemon::{Daemon, run, wait_until};
+pub use dead_address::DeadAddress;
+pub use files::{Noise, files_below, noise};
 pub use guest::GuestKernel;
 pub use layer::{Compression, Entry, EntryKind, Layer, LayerBlob};
 pub use layout::{BuiltImage, Image, Layout};

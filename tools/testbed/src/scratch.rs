@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
 
+use crate::containerd::end_shims_below;
 use crate::mounts::unmount_below;
 
 const PREFIX: &str = "slipway-";
@@ -82,13 +83,14 @@ fn clear(dir: &Path) {
     }
 }
 
-/// Removes what processes that no longer live left in `base`.
-fn sweep(base: &Path) {
+/// Removes what processes that no longer live left in `base`. Daemons died with them; containers did not.
+pub(crate) fn sweep(base: &Path) {
     for entry in fs::read_dir(base).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let Some(dir_name) = name.to_str().and_then(|name| name.strip_suffix(".lock")).filter(|name| name.starts_with(PREFIX)) else { continue };
         let Ok(lock) = OpenOptions::new().write(true).open(entry.path()) else { continue };
         if lock.try_lock().is_ok() {
+            end_shims_below(&base.join(dir_name));
             clear(&base.join(dir_name));
             let _ = fs::remove_file(entry.path());
         }

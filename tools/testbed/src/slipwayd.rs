@@ -11,8 +11,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use tonic::codegen::http::uri::PathAndQuery;
 
 use crate::binaries::binary;
-use crate::cri::{client_runtime, connect};
-use crate::daemon::Daemon;
+use crate::cri::{client_runtime, grpc_channel};
+use crate::daemon::{Daemon, children_of};
 use crate::mounts;
 
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -93,17 +93,13 @@ impl Slipwayd {
 
     /// The worker's process id: the holder's child that was started with `worker`. None while no worker lives.
     pub fn worker(&self) -> Option<u32> {
-        let holder = self.holder();
-        let children = fs::read_to_string(format!("/proc/{holder}/task/{holder}/children")).ok()?;
-        let is_worker = |pid: &u32| {
+        let holder = Pid::from_raw(i32::try_from(self.holder()).ok()?)?;
+        let is_worker = |pid: &Pid| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             line.split(|&byte| byte == 0).nth(1) == Some(b"worker")
         };
-        // A holder may start its worker from any of its threads.
-        let others = fs::read_dir(format!("/proc/{holder}/task")).into_iter().flatten().flatten();
-        let all =
-            others.map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default()).fold(children, |text, more| text + " " + &more);
-        all.split_whitespace().filter_map(|pid| pid.parse().ok()).find(is_worker)
+        let worker = children_of(holder).into_iter().find(is_worker)?;
+        u32::try_from(worker.as_raw_pid()).ok()
     }
 
     /// Kills the worker with SIGKILL and returns its process id.
@@ -164,7 +160,7 @@ fn config_text(dir: &Path, config: &SlipwaydConfig) -> String {
 
 /// Whether a gRPC server answers on the socket. The method is one no server of ours has; "unimplemented" is an answer.
 async fn answers(socket: &Path) -> bool {
-    let Ok(channel) = connect(socket).await else { return false };
+    let Ok(channel) = grpc_channel(socket).await else { return false };
     let mut client = tonic::client::Grpc::new(channel);
     if client.ready().await.is_err() {
         return false;

@@ -2,12 +2,12 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 use testbed::{Compression, Entry, EntryKind, Image, Layer, Layout, Scratch};
+pub use testbed::{files_below, noise};
 
 /// A scratch directory with an OCI layout `img`, and places for a store and a state directory.
 pub struct Ground {
@@ -91,36 +91,6 @@ impl Ground {
             assert_eq!(files_below(&self.store().join(dir)), BTreeSet::new(), "{dir}");
         }
     }
-}
-
-/// All regular files below a directory, relative to it; none when it does not exist.
-pub fn files_below(dir: &Path) -> BTreeSet<PathBuf> {
-    let mut found = BTreeSet::new();
-    let mut todo = vec![dir.to_owned()];
-    while let Some(at) = todo.pop() {
-        for entry in fs::read_dir(&at).into_iter().flatten() {
-            let entry = entry.expect("a directory entry");
-            if entry.file_type().expect("a type").is_dir() {
-                todo.push(entry.path());
-            } else {
-                found.insert(entry.path().strip_prefix(dir).expect("it is below").to_owned());
-            }
-        }
-    }
-    found
-}
-
-/// Bytes that zstd cannot make smaller, the same for the same seed.
-pub fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 32) as u8
-    })
-    .take(len)
-    .collect()
 }
 
 /// An image of [`everything_layers`].
