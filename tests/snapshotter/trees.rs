@@ -4,9 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 use slipway::oci::{ChainId, Sha256};
 use slipway::snapshot::LowerImages;
+
+/// Far more than anything waited for here takes on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the snapshotter asked of the images.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,8 +77,20 @@ impl Trees {
 
     /// Waits until this has been called.
     pub fn wait_for(&self, call: &Call) {
-        let found = self.changed.wait_while(self.state(), |state| !state.calls.contains(call));
-        drop(found.expect("the trees' lock"));
+        self.wait_until(&format!("{call:?}"), |state| state.calls.contains(call));
+    }
+
+    /// Waits until nothing is mounted.
+    pub fn wait_until_unmounted(&self) {
+        self.wait_until("everything is unmounted", |state| state.mounted.is_empty());
+    }
+
+    fn wait_until(&self, what: &str, done: impl Fn(&State) -> bool) {
+        let waited = self.changed.wait_timeout_while(self.state(), PATIENCE, |state| !done(state));
+        let (state, timeout) = waited.unwrap_or_else(|poisoned| poisoned.into_inner());
+        let (mounted, calls) = (state.mounted.clone(), state.calls.clone());
+        drop(state);
+        assert!(!timeout.timed_out(), "gave up after {PATIENCE:?} waiting for: {what}\nmounted: {mounted:?}\ncalls: {calls:?}");
     }
 
     pub fn mounted(&self) -> Vec<ChainId> {
@@ -132,6 +148,7 @@ impl LowerImages for Trees {
         {
             testbed::run("umount", [points.join(chain.to_string())]).expect("unmounted");
         }
+        self.changed.notify_all();
     }
 
     fn recover(&self, in_use: Vec<ChainId>) {

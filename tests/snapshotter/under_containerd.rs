@@ -152,9 +152,7 @@ fn check(known: &[usize], downloaded: &[usize]) {
     let left: Vec<_> = fs::read_dir(scratch.join("slipway/state/s")).expect("the directory of snapshots").collect();
     assert!(left.is_empty(), "directories of removed snapshots are moved away at once: {left:?}");
     drop(containerd);
-    for chain in service.trees.mounted() {
-        service.trees.wait_for(&crate::trees::Call::Release(chain));
-    }
+    service.trees.wait_until_unmounted();
 }
 
 #[test]

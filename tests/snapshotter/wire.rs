@@ -11,7 +11,7 @@ use slipway::snapshot::proto::Kind;
 use tonic::Code;
 
 use crate::client::{Server, option, target_label};
-use crate::trees::{Call, Store, Trees, chain};
+use crate::trees::{Call, PATIENCE, Store, Trees, chain};
 
 /// A pull that the test lets succeed for layers 1..=lazy of the chains 1, 2, 3; the name of the top snapshot.
 async fn pull(server: &Server, lazy: u8, layers: u8) -> String {
@@ -208,14 +208,12 @@ async fn a_restart_keeps_everything_and_tells_which_images_are_in_use() {
 
     let trees = Arc::new(Trees::new(None));
     // The old server lets go of the ledger when its last connection is closed.
-    let server = loop {
-        let opened = Snapshots::open(&dir.path().join("state"), Arc::new(Trees::new(None)), Arc::new(Metrics::new("none")));
-        if opened.is_ok() {
-            drop(opened);
-            break Server::start(dir.path(), trees.clone()).await;
-        }
+    let begun = Instant::now();
+    while let Err(error) = Snapshots::open(&dir.path().join("state"), Arc::new(Trees::new(None)), Arc::new(Metrics::new("none"))) {
+        assert!(begun.elapsed() < PATIENCE, "the old server still has the ledger: {error}");
         tokio::task::yield_now().await;
-    };
+    }
+    let server = Server::start(dir.path(), trees.clone()).await;
     assert_eq!(server.trees.calls(), [Call::Recover(vec![chain(2)])]);
     assert_eq!(server.client.list(&[]).await, before);
     assert!(!orphan.exists());
