@@ -301,7 +301,7 @@ mod tests {
         let size = payload.sizes.metadata;
         let expected = format!(
             "{{\"chain\":\"{chain}\",\"parent\":\"{}\",\"diff_ids\":[\"{}\",\"{}\"],\"trees\":[\"{}\",\"{}\"],\"metadata\":\"{metadata}\",\
-             \"fold_version\":1,\"packs\":[{{\"digest\":\"{}\",\"blocks\":64,\"unit_bits\":18}}],\
+             \"fold_version\":{FOLD_VERSION},\"packs\":[{{\"digest\":\"{}\",\"blocks\":64,\"unit_bits\":18}}],\
              \"sizes\":{{\"metadata\":{size},\"content\":200000,\"inodes\":4,\"stored\":44}},\"top\":true,\"tool\":\"slipway 0.1.0\",\"key\":\"{key}\"}}",
             parent.unwrap(),
             diff_ids[0],

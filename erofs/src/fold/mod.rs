@@ -19,8 +19,9 @@ use crate::digest::Digest;
 use crate::layer::{LayerError, LayerTree};
 use crate::tree::Tree;
 
-/// Version of the folding rules. Records carry it: two binaries that agree on it give the same tree, and so the same metadata image.
-pub const FOLD_VERSION: u32 = 1;
+/// Version of the folding rules and of the image writer. Records carry it: two binaries that agree on it give the same tree and the same
+/// metadata image.
+pub const FOLD_VERSION: u32 = 2;
 
 /// Layers that do not fold.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -197,7 +197,8 @@ impl<'t> Plan<'t> {
             return (Placed { step, at, raw, rest_at }, rest_at + 8 * chunks);
         }
         let tail = raw.size % BLOCK_SIZE;
-        match place_with_tail(end, head, tail) {
+        let place = if kind == FileKind::Symlink { place_in_block(end, head, tail) } else { place_with_tail(end, head, tail) };
+        match place {
             Some(at) if tail > 0 => {
                 raw.layout = Layout::Inline;
                 (Placed { step, at, raw, rest_at: at + head }, at + head + tail)
@@ -244,6 +245,14 @@ fn place_with_tail(end: u64, head: u64, tail: u64) -> Option<u64> {
     fits(at).then_some(at)
 }
 
+/// Where an inode goes so that it, its xattrs and the tail all lie in one block. Kernels before 6.12 refuse (EUCLEAN) an inline symbolic link
+/// whose target ends in another block than the one its inode starts in, even where the target itself crosses no boundary.
+fn place_in_block(end: u64, head: u64, tail: u64) -> Option<u64> {
+    let at = end.next_multiple_of(NID_SLOT);
+    let len = head + tail;
+    if at % BLOCK_SIZE + len <= BLOCK_SIZE { Some(at) } else { (len <= BLOCK_SIZE).then(|| at.next_multiple_of(BLOCK_SIZE)) }
+}
+
 /// Xattrs (name and value) that more than one inode has, in first-use order. One that takes no more than its id would is not worth it.
 fn shared_xattrs(checked: &Checked) -> Vec<&Xattr> {
     let all = || checked.steps().iter().flat_map(|step| &checked.tree().inode(step.inode).attr.xattrs);
@@ -275,6 +284,25 @@ mod tests {
             (0, 64, 0, Some(0)),
         ] {
             assert_eq!(place_with_tail(end, head, tail), expected, "{end} {head} {tail}");
+        }
+    }
+
+    #[test]
+    fn symbolic_links_lie_in_one_block_with_their_targets() {
+        for (end, head, tail, expected) in [
+            (0, 64, 100, Some(0)),
+            (1, 64, 100, Some(32)),
+            (0, 64, 4032, Some(0)),
+            (0, 64, 4033, None),
+            (32, 64, 4032, Some(4096)),
+            (4032, 64, 1, Some(4096)),
+            (4064, 32, 0, Some(4064)),
+            (4000, 32, 64, Some(4000)),
+            (4000, 32, 65, Some(4096)),
+            (4097, 76, 4020, Some(8192)),
+            (4096, 76, 4021, None),
+        ] {
+            assert_eq!(place_in_block(end, head, tail), expected, "{end} {head} {tail}");
         }
     }
 }
