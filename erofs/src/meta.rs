@@ -37,6 +37,28 @@ pub struct Xattr {
     pub value: Vec<u8>,
 }
 
+impl Xattr {
+    /// Longest name (`XATTR_NAME_MAX`).
+    pub const MAX_NAME: usize = 255;
+    /// Longest value: EROFS keeps its length in 16 bits, one less than Linux allows.
+    pub const MAX_VALUE: usize = u16::MAX as usize;
+    /// What names begin with; the ACLs are whole names. EROFS has a number for each and can store no other.
+    pub(crate) const PREFIXES: [&[u8]; 5] = [b"user.", b"system.posix_acl_access", b"system.posix_acl_default", b"trusted.", b"security."];
+
+    /// Whether an image can hold an attribute of this name.
+    pub fn is_name(name: &[u8]) -> bool {
+        name.len() <= Xattr::MAX_NAME && !name.contains(&0) && Xattr::split_name(name).is_some()
+    }
+
+    /// The name's place among [`Xattr::PREFIXES`], and the rest of it.
+    pub(crate) fn split_name(name: &[u8]) -> Option<(usize, &[u8])> {
+        Xattr::PREFIXES.iter().enumerate().find_map(|(i, prefix)| {
+            let rest = name.strip_prefix(*prefix)?;
+            (prefix.ends_with(b".") != rest.is_empty()).then_some((i, rest))
+        })
+    }
+}
+
 /// A pack as trees and images refer to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PackRef {

@@ -7,15 +7,13 @@ use super::FileKind;
 use super::format::{RawXattr, XATTR_HEADER_LEN, XATTR_UNIT, split_xattr_name};
 use crate::block::{UnitBits, blocks_for};
 use crate::digest::Digest;
-use crate::meta::{Attr, Chunk, Content, Data, Device, PackRef};
+use crate::meta::{Attr, Chunk, Content, Data, Device, PackRef, Xattr};
 use crate::tree::{Body, InodeIndex, Tree};
 
-/// Longest file name and longest xattr name (`NAME_MAX`, `XATTR_NAME_MAX`).
+/// Longest file name (`NAME_MAX`).
 const NAME_MAX: usize = 255;
 /// Longest symbolic link target: `PATH_MAX` less the NUL.
 const TARGET_MAX: usize = 4095;
-/// Longest xattr value: EROFS keeps its length in 16 bits, one less than Linux allows.
-const XATTR_VALUE_MAX: usize = u16::MAX as usize;
 /// What the xattrs of one inode may take if none is shared: `i_xattr_icount` counts [`XATTR_UNIT`]s in 16 bits.
 const XATTR_BODY_MAX: usize = XATTR_HEADER_LEN + XATTR_UNIT * (u16::MAX as usize - 1);
 /// Names and values of all xattrs together, counted once per inode. A tree in memory holds them all, shared or not; a limit here lets
@@ -331,11 +329,11 @@ fn check_attr(attr: &Attr) -> Result<u64, TreeFault> {
     let mut body = XATTR_HEADER_LEN;
     for (i, xattr) in attr.xattrs.iter().enumerate() {
         let name = || xattr.name.escape_ascii().to_string();
-        if xattr.name.len() > NAME_MAX || xattr.name.contains(&0) {
+        if xattr.name.len() > Xattr::MAX_NAME || xattr.name.contains(&0) {
             return Err(TreeFault::XattrNameForm(name()));
         }
         let Some((name_index, rest)) = split_xattr_name(&xattr.name) else { return Err(TreeFault::XattrName(name())) };
-        if xattr.value.len() > XATTR_VALUE_MAX {
+        if xattr.value.len() > Xattr::MAX_VALUE {
             return Err(TreeFault::XattrValue { name: name(), len: xattr.value.len() });
         }
         if i > 0 && attr.xattrs[i - 1].name >= xattr.name {

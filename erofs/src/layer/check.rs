@@ -3,12 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use super::{Entry, EntryKind, LayerError, LayerTree, MAX_NAME, MAX_PATH, path_order, room_for_paths, split};
-use crate::meta::{Attr, Chunk, Content, Data, Device, PackRef};
+use crate::meta::{Attr, Chunk, Content, Data, Device, PackRef, Xattr};
 
-/// `XATTR_NAME_MAX` of `include/uapi/linux/limits.h`.
-const MAX_XATTR_NAME: usize = 255;
-/// `XATTR_SIZE_MAX` of `include/uapi/linux/limits.h`.
-const MAX_XATTR_VALUE: usize = 65536;
 /// `PATH_MAX` of `include/uapi/linux/limits.h`, less its NUL.
 const MAX_SYMLINK: usize = 4095;
 
@@ -165,8 +161,8 @@ fn check_attr(attr: &Attr) -> Rule {
         return Err("an extended attribute appears twice or out of order");
     }
     for xattr in &attr.xattrs {
-        if xattr.name.is_empty() || xattr.name.len() > MAX_XATTR_NAME || xattr.name.contains(&0) || xattr.value.len() > MAX_XATTR_VALUE {
-            return Err("an extended attribute's name is longer than 255 bytes, or its value longer than 64 KiB");
+        if !Xattr::is_name(&xattr.name) || xattr.value.len() > Xattr::MAX_VALUE {
+            return Err("the name of an extended attribute is none that an image can hold, or its value is longer than 65535 bytes");
         }
     }
     Ok(())
@@ -283,7 +279,9 @@ mod tests {
         check(with(Attr { mtime: Time { sec: 0, nsec: 1_000_000_000 }, ..Attr::default() }), "d", "nanoseconds");
         let xattr = |name: &str, len| Xattr { name: name.into(), value: vec![0; len] };
         check(with(Attr { xattrs: vec![xattr("user.b", 0), xattr("user.a", 0)], ..Attr::default() }), "d", "out of order");
-        check(with(Attr { xattrs: vec![xattr("user.b", 65537)], ..Attr::default() }), "d", "64 KiB");
+        for (name, len) in [("user.b", 65536), ("user.", 0), ("", 0), ("system.nfs4_acl", 0), ("user.\0", 0), (&format!("user.{long}"), 0)] {
+            check(with(Attr { xattrs: vec![xattr(name, len)], ..Attr::default() }), "d", "65535 bytes");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Extended attributes: names by prefix index, bodies, entries.
 
 use super::{put, u16_at};
+use crate::meta::Xattr;
 
 /// Size of the header before an inode's xattrs: filter, count of shared ids, reserved.
 pub const XATTR_HEADER_LEN: usize = 12;
@@ -17,21 +18,17 @@ pub const fn xattr_body_len(xattr_count: u16) -> Option<usize> {
     }
 }
 
-/// `EROFS_XATTR_INDEX_*` with the prefix each stands for. The ACLs are whole names.
-const XATTR_PREFIXES: [(u8, &[u8]); 5] =
-    [(1, b"user."), (2, b"system.posix_acl_access"), (3, b"system.posix_acl_default"), (4, b"trusted."), (6, b"security.")];
+/// `EROFS_XATTR_INDEX_*` of each of [`Xattr::PREFIXES`].
+const XATTR_INDEXES: [u8; Xattr::PREFIXES.len()] = [1, 2, 3, 4, 6];
 
 /// Splits a full xattr name into prefix index and rest, or `None` when EROFS has no index for it.
 pub fn split_xattr_name(name: &[u8]) -> Option<(u8, &[u8])> {
-    XATTR_PREFIXES.iter().find_map(|&(index, prefix)| {
-        let rest = name.strip_prefix(prefix)?;
-        (prefix.ends_with(b".") != rest.is_empty()).then_some((index, rest))
-    })
+    Xattr::split_name(name).map(|(i, rest)| (XATTR_INDEXES[i], rest))
 }
 
 /// The full name for a prefix index and the rest; `None` when there is no such xattr.
 pub fn join_xattr_name(index: u8, rest: &[u8]) -> Option<Vec<u8>> {
-    let (_, prefix) = XATTR_PREFIXES.iter().find(|(i, _)| *i == index)?;
+    let prefix = Xattr::PREFIXES[XATTR_INDEXES.iter().position(|i| *i == index)?];
     (prefix.ends_with(b".") != rest.is_empty()).then(|| [prefix, rest].concat())
 }
 
