@@ -6,8 +6,6 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD_NO_PAD;
 use erofs::meta::{Device, Time};
 
 const BLOCK: usize = 512;
@@ -65,7 +63,9 @@ impl<R: Read> Archive<R> {
 
     /// The next entry; `None` at the end. What was left of the data of the one before is skipped.
     pub fn next_member(&mut self) -> io::Result<Option<Member>> {
-        self.skip(self.left + self.padding)?;
+        self.skip(self.left)?;
+        // The last entry may lack its padding.
+        io::copy(&mut (&mut self.tar).take(self.padding), &mut io::sink())?;
         (self.left, self.padding) = (0, 0);
         self.regions.clear();
         let mut pax = Records::new();
@@ -95,7 +95,8 @@ impl<R: Read> Archive<R> {
     ) -> io::Result<Member> {
         let text = |key: &str| pax.get(key.as_bytes()).filter(|value| !value.is_empty());
         let number = |key: &str| text(key).map(|value| decimal(value)).transpose();
-        let path = long_path.or_else(|| text("path").cloned()).unwrap_or_else(|| plain_path(header));
+        let not_empty = |name: Option<Vec<u8>>| name.filter(|name| !name.is_empty());
+        let path = not_empty(long_path).or_else(|| text("path").cloned()).unwrap_or_else(|| plain_path(header));
         let kind = match header[156] {
             0 if path.ends_with(b"/") => b'5',
             0 | b'7' => b'0',
@@ -105,13 +106,13 @@ impl<R: Read> Archive<R> {
         let mut member = Member {
             path,
             kind,
-            link: long_link.or_else(|| text("linkpath").cloned()).unwrap_or_else(|| c_string(&header[157..257])),
+            link: not_empty(long_link).or_else(|| text("linkpath").cloned()).unwrap_or_else(|| c_string(&header[157..257])),
             mode: (signed(&header[100..108])? & 0o7777) as u16,
             uid: owner(number("uid")?.map_or_else(|| signed(&header[108..116]), Ok)?)?,
             gid: owner(number("gid")?.map_or_else(|| signed(&header[116..124]), Ok)?)?,
             mtime: clamp(text("mtime").map_or_else(|| signed(&header[136..148]).map(|sec| Time { sec, nsec: 0 }), |text| pax_time(text))?),
             device: Device { major: 0, minor: 0 },
-            xattrs: xattrs(pax)?,
+            xattrs: xattrs(pax),
             size: 0,
         };
         if matches!(kind, b'3' | b'4') {
@@ -128,15 +129,24 @@ impl<R: Read> Archive<R> {
         if kind == b'S' {
             member.size = unsigned(&header[483..495])?;
             self.regions = self.gnu_map(header)?;
-        } else if pax.contains_key(&b"GNU.sparse.major"[..]) {
-            member.size = number("GNU.sparse.realsize")?.and_then(|n| n.try_into().ok()).map_or_else(|| broken("sparse file without size"), Ok)?;
-            self.regions = self.map_in_data()?;
-        } else if let Some(size) = number("GNU.sparse.size")? {
-            member.size = size.try_into().or_else(|_| broken("negative size"))?;
-            self.regions = match text("GNU.sparse.map") {
-                Some(map) => pairs(map.split(|&b| b == b',').filter(|n| !n.is_empty()))?,
-                None => sparse_list.to_vec(),
-            };
+            return Ok(member);
+        }
+        let size = number("GNU.sparse.size")?.or(number("GNU.sparse.realsize")?);
+        let size = size.map_or_else(|| broken("sparse file without size"), |size| u64::try_from(size).or_else(|_| broken("negative size")));
+        match (text("GNU.sparse.major").map(|v| &v[..]), text("GNU.sparse.minor").map(|v| &v[..])) {
+            (Some(b"1"), Some(b"0")) => {
+                member.size = size?;
+                self.regions = self.map_in_data()?;
+            }
+            (None, None) if text("GNU.sparse.map").is_none() && sparse_list.is_empty() => return Ok(member),
+            (None, None) | (Some(b"0"), Some(b"0" | b"1")) => {
+                member.size = size?;
+                self.regions = match text("GNU.sparse.map") {
+                    Some(map) => pairs(map.split(|&b| b == b',').filter(|n| !n.is_empty()))?,
+                    None => sparse_list.to_vec(),
+                };
+            }
+            _ => return broken("an unknown sparse format"),
         }
         if let Some(name) = text("GNU.sparse.name") {
             member.path.clone_from(name);
@@ -264,6 +274,12 @@ fn plain_path(header: &[u8; BLOCK]) -> Vec<u8> {
     let prefix = match (&header[257..263], &header[508..]) {
         (b"ustar\0", b"tar\0") => c_string(&header[345..476]),
         (b"ustar\0", _) => c_string(&header[345..500]),
+        // Go's former mistake: a prefix where GNU's format has two times.
+        (b"ustar ", _) if header[263..265] == *b" \0" => {
+            let unreadable = |at: usize| header[at] != 0 && signed(&header[at..at + 12]).is_err();
+            let prefix = c_string(&header[345..500]);
+            if prefix.is_ascii() && (unreadable(345) || unreadable(357)) { prefix } else { Vec::new() }
+        }
         _ => Vec::new(),
     };
     if prefix.is_empty() { name } else { [prefix, name].join(&b'/') }
@@ -337,31 +353,9 @@ fn parse_records(mut rest: &[u8]) -> io::Result<(Records, Vec<(u64, u64)>)> {
     Ok((records, sparse))
 }
 
-/// `SCHILY.xattr.*` as it is; libarchive's form, base64 under an escaped name, where there is no other.
-fn xattrs(pax: &Records) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
-    let mut found = BTreeMap::new();
-    for (key, value) in pax {
-        if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
-            let text: Vec<u8> = value.iter().copied().filter(|b| !matches!(b, b'=' | b'\n')).collect();
-            let value = STANDARD_NO_PAD.decode(text).or_else(|_| broken("an attribute is not base64"))?;
-            found.insert(unescape(name), value);
-        }
-    }
-    found.extend(pax.iter().filter_map(|(key, value)| Some((key.strip_prefix(b"SCHILY.xattr.")?.to_vec(), value.clone()))));
-    Ok(found)
-}
-
-fn unescape(name: &[u8]) -> Vec<u8> {
-    let mut out = Vec::new();
-    let mut rest = name;
-    while let Some((&first, after)) = rest.split_first() {
-        let code = after.get(..2).filter(|_| first == b'%').and_then(|hex| std::str::from_utf8(hex).ok());
-        match code.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
-            Some(byte) => (out.push(byte), rest = &after[2..]).0,
-            None => (out.push(first), rest = after).0,
-        }
-    }
-    out
+/// `SCHILY.xattr.*` as it is; other programs' records are not read by containerd.
+fn xattrs(pax: &Records) -> BTreeMap<Vec<u8>, Vec<u8>> {
+    pax.iter().filter_map(|(key, value)| Some((key.strip_prefix(b"SCHILY.xattr.")?.to_vec(), value.clone()))).collect()
 }
 
 #[cfg(test)]

@@ -235,17 +235,22 @@ impl Model {
             let mut new = attr_of(member);
             match old.body {
                 Body::Dir(_) => return bad(&member.path, "a hard link to a directory"),
-                Body::Symlink(_) => new.mode = old.attr.mode,
+                Body::Symlink(_) => {
+                    new.mode = old.attr.mode;
+                    new.xattrs.retain(|name, _| !name.starts_with(b"system."));
+                }
                 _ => {}
             }
             if !matches!(old.body, Body::File(..)) {
                 new.xattrs.retain(|name, _| !name.starts_with(b"user."));
             }
-            let kept = std::mem::take(&mut old.attr.xattrs);
+            let mut kept = std::mem::take(&mut old.attr.xattrs);
             // A link to a file of a lower layer made in this layer leaves that file as it is.
             if node < below.nodes.len() {
                 old.attr.xattrs = kept;
             } else {
+                // Lost to the change of owner.
+                kept.remove(&b"security.capability"[..]);
                 old.attr = merged(new, kept);
             }
             self.name(dir, name, node);
@@ -388,6 +393,31 @@ fn merged(mut attr: Attr, kept: BTreeMap<Vec<u8>, Vec<u8>>) -> Attr {
     for (name, value) in kept {
         attr.xattrs.entry(name).or_insert(value);
     }
+    settled(attr)
+}
+
+/// ACLs as they are once the mode is set, which comes last: what stands for the mode's bits follows it, and one with nothing else is gone.
+fn settled(mut attr: Attr) -> Attr {
+    let tag_of = |entry: &[u8]| u16::from_le_bytes([entry[0], entry[1]]);
+    let mode = attr.mode;
+    attr.xattrs.retain(|name, acl| match &name[..] {
+        b"system.posix_acl_default" => acl.len() > 4,
+        b"system.posix_acl_access" => {
+            let tags: BTreeSet<u16> = acl.chunks_exact(4).skip(1).step_by(2).map(tag_of).collect();
+            for entry in acl.get_mut(4..).unwrap_or_default().chunks_exact_mut(8) {
+                let bits = match tag_of(entry) {
+                    0x01 => mode >> 6,
+                    0x10 => mode >> 3,
+                    0x04 if !tags.contains(&0x10) => mode >> 3,
+                    0x20 => mode,
+                    _ => continue,
+                };
+                entry[2..4].copy_from_slice(&(bits & 7).to_le_bytes());
+            }
+            !tags.is_subset(&BTreeSet::from([0x01, 0x04, 0x20]))
+        }
+        _ => true,
+    });
     attr
 }
 
@@ -403,7 +433,7 @@ fn attr_of(member: &Member) -> Attr {
     };
     let xattrs = member.xattrs.iter().filter(|(name, _)| visible(name)).map(|(name, value)| (name.clone(), value.clone())).collect();
     let mode = if link { 0o777 } else { member.mode };
-    Attr { mode, uid: member.uid, gid: member.gid, mtime: member.mtime, xattrs }
+    settled(Attr { mode, uid: member.uid, gid: member.gid, mtime: member.mtime, xattrs })
 }
 
 #[cfg(test)]
@@ -457,6 +487,22 @@ mod tests {
         check(&[&[d("u"), Entry::symlink("l", "u"), f("l/b")]], "/l 777 /u 711 /u/b");
         check(&[&[f("a")], &[w("a"), Entry::hard_link("b", "a")]], "/b");
         check(&[&[f("../../a"), f("./b/../c")]], "/a /c");
+    }
+
+    #[test]
+    fn a_link_s_owner_and_mode_change_capabilities_and_acls() {
+        let entry = |tag: u8, perm: u8| [tag, 0, perm, 0, 255, 255, 255, 255];
+        let acl = |mask: &[[u8; 8]], owner| [&[2, 0, 0, 0][..], &entry(1, owner), &entry(4, 5), &mask.concat(), &entry(32, 0)].concat();
+        let name = b"system.posix_acl_access";
+        let check = |mask: &[[u8; 8]], expected: Option<Vec<u8>>| {
+            let file = Entry::file("a", "").xattr("system.posix_acl_access", &acl(mask, 7)).xattr("security.capability", b"c");
+            let mut model = Model::default();
+            model.apply(&Layer::new([file, Entry::hard_link("b", "a").mode(0o430)]).tar()[..]).unwrap();
+            let xattrs = &model.nodes[1].attr.xattrs;
+            assert_eq!((xattrs.get(&name[..]), xattrs.len()), (expected.as_ref(), usize::from(expected.is_some())));
+        };
+        check(&[], None);
+        check(&[entry(16, 7)], Some(acl(&[entry(16, 3)], 4)));
     }
 
     #[test]

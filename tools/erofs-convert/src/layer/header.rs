@@ -3,19 +3,24 @@
 //! `tar-core` frames the archive; what a name, a number or a time in it means is decided here, by the rules of Go's `archive/tar`, which is
 //! what containerd reads layers with. Where those two could see different entries in the same bytes, the archive is refused: an entry that
 //! one program sees and another does not is how files are smuggled past scanners.
+//!
+//! Stricter than Go: checksums over *signed* bytes, which tars of the 1980s wrote, are refused. More lenient than containerd: contiguous
+//! files (type `7`) and GNU's old sparse files (type `S`) are regular files, as to Go; containerd unpacks no layer that has them.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 
-use base64::Engine;
 use erofs::meta::{Attr, Device, Time, Xattr};
 use tar_core::{EntryType, HEADER_SIZE, Header, SparseEntry};
+
+use super::acl;
 
 /// Why an entry is refused, without saying which.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
     /// It breaks a rule of the format.
     Malformed(Cow<'static, str>),
-    /// It is something containerd would not unpack either.
+    /// It is something that an image cannot hold, or of a kind this version does not know.
     Unsupported(Cow<'static, str>),
 }
 
@@ -59,7 +64,7 @@ struct Extensions<'a> {
     pax: Pax<'a>,
 }
 
-/// The PAX records that matter. Of records with the same key the last counts; empty ones change nothing, as in Go.
+/// The PAX records that matter. Of records with the same key the last counts, and if that is empty it is as if there were none, as in Go.
 #[derive(Default)]
 struct Pax<'a> {
     path: Option<&'a [u8]>,
@@ -68,9 +73,20 @@ struct Pax<'a> {
     uid: Option<i64>,
     gid: Option<i64>,
     mtime: Option<Time>,
-    sparse_name: Option<&'a [u8]>,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-    libarchive_xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    xattrs: BTreeMap<&'a [u8], &'a [u8]>,
+    sparse: PaxSparse<'a>,
+}
+
+/// What PAX records say of a sparse file.
+#[derive(Default)]
+struct PaxSparse<'a> {
+    name: Option<&'a [u8]>,
+    major: Option<&'a [u8]>,
+    minor: Option<&'a [u8]>,
+    size: Option<u64>,
+    real_size: Option<u64>,
+    /// There is a map, as one record or as many.
+    has_map: bool,
 }
 
 /// Makes a member of the headers that `tar-core` took for one entry: extension headers, the entry's own, and the map of a sparse file.
@@ -82,6 +98,11 @@ pub(super) fn member(headers: &[u8], sparse: Option<(Vec<SparseEntry>, u64)>) ->
     let size = pax.size.map_or_else(|| size_of_entry(header), Ok)?;
     // PAX sparse maps (version 1.0) are counted as data, GNU's are not.
     let map_in_data = if header.entry_type() == EntryType::GnuSparse { 0 } else { map_len as u64 };
+    match header.entry_type() {
+        EntryType::GnuSparse if sparse.is_none() => return malformed("it is a sparse file of GNU's old kind in another format than GNU's"),
+        EntryType::GnuSparse => (),
+        _ => pax.sparse.check(sparse.as_ref().map(|(_, real_size)| *real_size), map_in_data > 0, size)?,
+    }
     let data_len = size.checked_sub(map_in_data).ok_or(Refusal::Malformed("its sparse map is longer than its data".into()))?;
     // Go: the GNU long name counts before PAX. GNU tar and libarchive: the other way round. No program writes both.
     if (long_name.is_some() && pax.path.is_some()) || (long_link.is_some() && pax.link.is_some()) {
@@ -89,7 +110,8 @@ pub(super) fn member(headers: &[u8], sparse: Option<(Vec<SparseEntry>, u64)>) ->
     }
     let mut path = long_name.or(pax.path).map_or_else(|| header_path(header), <[u8]>::to_vec);
     if sparse.is_some()
-        && let Some(name) = pax.sparse_name
+        && header.entry_type() != EntryType::GnuSparse
+        && let Some(name) = pax.sparse.name
     {
         path = name.to_vec();
     }
@@ -107,7 +129,7 @@ pub(super) fn member(headers: &[u8], sparse: Option<(Vec<SparseEntry>, u64)>) ->
         uid: owner(pax.uid.map_or_else(|| number(&old.uid), Ok)?)?,
         gid: owner(pax.gid.map_or_else(|| number(&old.gid), Ok)?)?,
         mtime: bounded(pax.mtime.map_or_else(|| number(&old.mtime).map(|sec| Time { sec, nsec: 0 }), Ok)?),
-        xattrs: visible_xattrs(pax.libarchive_xattrs.into_iter().chain(pax.xattrs), &kind)?,
+        xattrs: visible_xattrs(pax.xattrs, &kind)?,
     };
     // Only regular files have data, whatever a size says (Go: isHeaderOnly).
     let data_len = if kind == MemberKind::File { data_len } else { 0 };
@@ -138,8 +160,9 @@ fn own_header<'a>(headers: &'a [u8], extensions: &mut Extensions<'a>) -> Result<
         let content = &after[..len as usize];
         match kind {
             EntryType::XHeader => extensions.pax = parse_pax(content)?,
-            EntryType::GnuLongName => extensions.long_name = Some(until_nul(content)),
-            _ => extensions.long_link = Some(until_nul(content)),
+            // Empty ones say nothing, as in Go.
+            EntryType::GnuLongName => extensions.long_name = Some(until_nul(content)).filter(|name| !name.is_empty()),
+            _ => extensions.long_link = Some(until_nul(content)).filter(|name| !name.is_empty()),
         }
         rest = &after[padded as usize..];
     }
@@ -158,13 +181,26 @@ fn size_of_entry(header: &Header) -> Result<u64, Refusal> {
 
 /// Path in a header: with the prefix field in the formats that have one.
 fn header_path(header: &Header) -> Vec<u8> {
-    // star's variant of the format ends in "tar" and uses the end of the prefix field for times (Go: formatSTAR).
-    let star = header.as_bytes()[508..] == *b"tar\0";
-    let prefix = header.prefix().map_or(&[][..], |prefix| if star { &prefix[..prefix.len().min(131)] } else { prefix });
+    let bytes = header.as_bytes();
+    let prefix = match (&bytes[257..263], &bytes[508..]) {
+        // star's variant of the format ends in "tar" and uses the end of the prefix field for times (Go: formatSTAR).
+        (b"ustar\0", b"tar\0") => until_nul(&bytes[345..476]),
+        (b"ustar\0", _) => until_nul(&bytes[345..500]),
+        _ if header.is_gnu() => misplaced_prefix(bytes),
+        _ => &[],
+    };
     match prefix {
         [] => header.path_bytes().to_vec(),
         prefix => [prefix, b"/", header.path_bytes()].concat(),
     }
+}
+
+/// The prefix in a header of the GNU format, which has none: before 1.8, Go wrote one over the access and change times. As in Go today, it
+/// counts when the times cannot be read and it is ASCII.
+fn misplaced_prefix(header: &[u8; HEADER_SIZE]) -> &[u8] {
+    let is_time = |field: &[u8]| field[0] == 0 || number(field).is_ok();
+    let prefix = until_nul(&header[345..500]);
+    if is_time(&header[345..357]) && is_time(&header[357..369]) || !prefix.is_ascii() { &[] } else { prefix }
 }
 
 fn kind(header: &Header, path: &[u8], link: Vec<u8>) -> Result<MemberKind, Refusal> {
@@ -208,9 +244,11 @@ fn number(field: &[u8]) -> Result<i64, Refusal> {
         let value = i64::try_from(value).map_err(|_| Refusal::Malformed("a number in its header is out of range".into()))?;
         return Ok(if negative { !value } else { value });
     }
-    let padding = |byte: &u8| matches!(byte, b' ' | 0);
-    let start = field.iter().position(|b| !padding(b)).unwrap_or(field.len());
-    let digits = until_nul(&field[start..]).trim_ascii_end();
+    let is_digit = |byte: &u8| !matches!(byte, b' ' | 0);
+    let digits = match (field.iter().position(is_digit), field.iter().rposition(is_digit)) {
+        (Some(start), Some(last)) => until_nul(&field[start..=last]),
+        _ => &[],
+    };
     let mut value = 0i64;
     for digit in digits {
         if !(b'0'..=b'7').contains(digit) {
@@ -284,75 +322,77 @@ fn parse_pax(mut rest: &[u8]) -> Result<Pax<'_>, Refusal> {
 impl<'a> Pax<'a> {
     fn set(&mut self, key: &'a [u8], value: &'a [u8]) -> Result<(), Refusal> {
         if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-            self.xattrs.push((name.to_vec(), value.to_vec()));
+            self.xattrs.insert(name, value);
             return Ok(());
         }
-        if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
-            let padded =
-                base64::engine::general_purpose::STANDARD_NO_PAD.decode(value.trim_ascii_end().split(|&b| b == b'=').next().unwrap_or_default());
-            let value = padded.map_err(|_| Refusal::Malformed("a LIBARCHIVE.xattr record is not base64".into()))?;
-            self.libarchive_xattrs.push((percent_decoded(name), value));
-            return Ok(());
-        }
-        if value.is_empty() {
-            return Ok(());
-        }
+        let value = Some(value).filter(|value| !value.is_empty());
+        let unsigned = || {
+            let number = value.map(decimal).transpose()?.map(u64::try_from).transpose();
+            number.map_err(|_| Refusal::Malformed("its size is negative".into()))
+        };
         match key {
-            b"path" => self.path = Some(value),
-            b"linkpath" => self.link = Some(value),
-            b"size" => self.size = Some(u64::try_from(decimal(value)?).map_err(|_| Refusal::Malformed("its size is negative".into()))?),
-            b"uid" => self.uid = Some(decimal(value)?),
-            b"gid" => self.gid = Some(decimal(value)?),
-            b"mtime" => self.mtime = Some(pax_time(value)?),
-            b"GNU.sparse.name" => self.sparse_name = Some(value),
+            b"path" => self.path = value,
+            b"linkpath" => self.link = value,
+            b"size" => self.size = unsigned()?,
+            b"uid" => self.uid = value.map(decimal).transpose()?,
+            b"gid" => self.gid = value.map(decimal).transpose()?,
+            b"mtime" => self.mtime = value.map(pax_time).transpose()?,
+            b"GNU.sparse.name" => self.sparse.name = value,
+            b"GNU.sparse.major" => self.sparse.major = value,
+            b"GNU.sparse.minor" => self.sparse.minor = value,
+            b"GNU.sparse.size" => self.sparse.size = unsigned()?,
+            b"GNU.sparse.realsize" => self.sparse.real_size = unsigned()?,
+            b"GNU.sparse.map" => self.sparse.has_map = value.is_some(),
+            b"GNU.sparse.offset" => self.sparse.has_map = true,
             _ => (),
         }
         Ok(())
     }
 }
 
-/// `%41` for `A`, as libarchive writes attribute names.
-fn percent_decoded(name: &[u8]) -> Vec<u8> {
-    let hex = |at: usize| name.get(at).and_then(|&b| char::from(b).to_digit(16)).map(|digit| digit as u8);
-    let mut out = Vec::with_capacity(name.len());
-    let mut at = 0;
-    while at < name.len() {
-        match (name[at], hex(at + 1), hex(at + 2)) {
-            (b'%', Some(high), Some(low)) => {
-                out.push(high << 4 | low);
-                at += 3;
+impl PaxSparse<'_> {
+    /// Whether `tar-core` took the entry for what Go takes it for: a sparse file of `real_size`, with its map in front of its data or not, or
+    /// a plain one of `size`.
+    fn check(&self, real_size: Option<u64>, map_in_data: bool, size: u64) -> Result<(), Refusal> {
+        let (is_sparse, in_data) = match (self.major, self.minor) {
+            (None, None) => (self.has_map, false),
+            (Some(b"0"), Some(b"0" | b"1")) => (true, false),
+            (Some(b"1"), Some(b"0")) => (true, true),
+            // Go reads the data as it is, map and all; others refuse.
+            (major, minor) => {
+                let [major, minor] = [major, minor].map(|part| part.unwrap_or(b"?").escape_ascii());
+                return Err(Refusal::Unsupported(format!("GNU sparse format {major}.{minor}").into()));
             }
-            (byte, ..) => {
-                out.push(byte);
-                at += 1;
-            }
+        };
+        if (real_size.is_some(), map_in_data) != (is_sparse, in_data) {
+            return malformed("its sparse map can be read in two ways");
         }
+        if real_size.is_some_and(|real_size| real_size != self.size.or(self.real_size).unwrap_or(size)) {
+            return malformed("its size can be read in two ways");
+        }
+        Ok(())
     }
-    out
 }
 
-/// The attributes that unpacking would leave on the file, sorted, later ones winning. Left out, as containerd leaves them out or the kernel
-/// refuses them: `trusted.*` (so no layer can talk to overlayfs through `trusted.overlay.*`), `user.*` on anything but files and
-/// directories, ACLs on symbolic links, default ACLs on what is no directory, and whatever is of no known namespace.
-fn visible_xattrs(records: impl Iterator<Item = (Vec<u8>, Vec<u8>)>, kind: &MemberKind) -> Result<Vec<Xattr>, Refusal> {
+/// The attributes that unpacking would leave on the file, sorted. Left out, as containerd leaves them out or the kernel refuses them:
+/// `trusted.*` (so no layer can talk to overlayfs through `trusted.overlay.*`), `user.*` on anything but files and directories, ACLs on
+/// symbolic links, default ACLs on what is no directory, ACLs that say nothing, and whatever is of no known namespace.
+fn visible_xattrs(records: BTreeMap<&[u8], &[u8]>, kind: &MemberKind) -> Result<Vec<Xattr>, Refusal> {
     let mut xattrs: Vec<Xattr> = Vec::new();
     for (name, value) in records {
-        let visible = match &name[..] {
-            b"system.posix_acl_access" => !matches!(kind, MemberKind::Symlink(_)),
-            b"system.posix_acl_default" => matches!(kind, MemberKind::Dir),
+        let visible = match name {
+            acl::ACCESS => !matches!(kind, MemberKind::Symlink(_)) && acl::says_something(value)?,
+            acl::DEFAULT => matches!(kind, MemberKind::Dir) && acl::says_something(value)?,
             name if name.starts_with(b"user.") => matches!(kind, MemberKind::Dir | MemberKind::File | MemberKind::Link(_)),
             name => name.starts_with(b"security."),
         };
         if !visible {
             continue;
         }
-        if name.len() > 255 || name.contains(&0) || value.len() > 65536 {
-            return malformed("an extended attribute's name is longer than 255 bytes, or its value longer than 64 KiB");
+        if !Xattr::is_name(name) || value.len() > Xattr::MAX_VALUE {
+            return malformed("the name of an extended attribute is none or longer than 255 bytes, or its value longer than 65535");
         }
-        match xattrs.binary_search_by(|x| x.name.cmp(&name)) {
-            Ok(at) => xattrs[at].value = value,
-            Err(at) => xattrs.insert(at, Xattr { name, value }),
-        }
+        xattrs.push(Xattr { name: name.to_vec(), value: value.to_vec() });
     }
     Ok(xattrs)
 }

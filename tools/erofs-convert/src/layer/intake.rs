@@ -54,8 +54,12 @@ impl<R: Read> Archive<R> {
 
     /// The next entry, skipping what was not taken of the one before. `None` at the end of the archive.
     pub fn next(&mut self) -> Result<Option<Member>, ConvertError> {
-        let rest = std::mem::take(&mut self.data_left) + std::mem::take(&mut self.padding);
-        self.skip(rest)?;
+        let (rest, padding) = (std::mem::take(&mut self.data_left), std::mem::take(&mut self.padding));
+        if self.skip(rest)? > 0 {
+            return Err(self.malformed("the archive breaks off in its data"));
+        }
+        // Without all of its padding the last entry is complete, as in Go.
+        self.skip(padding)?;
         self.path.clear();
         loop {
             self.entry_offset = self.offset;
@@ -194,15 +198,15 @@ impl<R: Read> Archive<R> {
         self.offset += len as u64;
     }
 
-    fn skip(&mut self, mut len: u64) -> Result<(), ConvertError> {
-        while len > 0 {
+    /// Passes over so many bytes; gives how many of them the stream lacks.
+    fn skip(&mut self, mut len: u64) -> Result<u64, ConvertError> {
+        loop {
             let step = len.min(self.unread.len() as u64);
             self.advance(step as usize);
             len -= step;
-            if len > 0 && self.fill(1)? == 0 {
-                return Err(self.malformed("the archive breaks off in its data"));
+            if len == 0 || self.fill(1)? == 0 {
+                return Ok(len);
             }
         }
-        Ok(())
     }
 }

@@ -8,12 +8,17 @@
 //!
 //! What a container on overlayfs could not see is left out: the archive's root entry (containerd ignores it), access and change times,
 //! user and group names, `trusted.*` extended attributes (among them `trusted.overlay.*`, which would speak to overlayfs), `user.*`
-//! attributes of what is neither file nor directory, `SCHILY.acl.*` records (containerd does not read them; ACLs come as
-//! `SCHILY.xattr.system.posix_acl_*`), and global PAX headers.
+//! attributes of what is neither file nor directory, `SCHILY.acl.*` and `LIBARCHIVE.xattr.*` records (containerd does not read them; ACLs
+//! come as `SCHILY.xattr.system.posix_acl_*`), and global PAX headers.
+//!
+//! What the file system that containerd unpacks to would do by itself is not done: what is made in a directory with a default ACL has no
+//! ACL from it, and a directory that no entry lists has group 0 also when it is made in a set-group-ID directory of its layer. The archive
+//! alone decides.
 //!
 //! Memory: about 2 units for every one of the `3 × threads + threads + 2` units under way, 1.5 MiB of buffers, 70 bytes per distinct chunk,
 //! and the entries themselves (a few hundred bytes each, plus names, attributes and inline data), bounded by [`Budget`].
 
+mod acl;
 mod chunks;
 mod compress;
 mod header;
@@ -96,8 +101,8 @@ pub enum ConvertError {
         /// What is wrong.
         rule: Cow<'static, str>,
     },
-    /// The archive has something that containerd would not unpack either.
-    #[error("tar entry \"{path}\" at byte {offset}: {what} cannot be converted (nor unpacked by containerd); build the image without it")]
+    /// The archive has something that no image can hold, or that this version does not know.
+    #[error("tar entry \"{path}\" at byte {offset}: {what} cannot be converted; build the image without it")]
     Unsupported {
         /// Path of the entry.
         path: String,

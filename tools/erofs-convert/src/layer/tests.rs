@@ -181,8 +181,12 @@ fn archives_end_where_go_says() {
 #[test]
 fn a_truncated_archive_is_an_error_that_names_entry_and_offset() {
     let bytes = [member_bytes("a", EntryType::Regular, b"text"), member_bytes("dir/b", EntryType::Regular, &noise(1, 70_000))].concat();
-    for len in (513..1024).chain(1025..1536) {
+    for len in (513..516).chain(1025..1536) {
         assert!(error(&bytes[..len]).contains("the archive breaks off"), "{len}");
+    }
+    // Padding after the last entry may be missing.
+    for len in 516..1024 {
+        assert_eq!(read_back(&convert(&bytes[..len]).0, &MemorySink::default(), "a"), b"text", "{len}");
     }
     let data = "tar entry \"dir/b\" at byte 1024: the archive breaks off in its data; the layer is damaged, build the image again";
     assert_eq!(error(&bytes[..40_000]), data);

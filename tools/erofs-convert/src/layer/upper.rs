@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use erofs::layer::{Entry, EntryKind, MAX_NAME, MAX_PATH};
 use erofs::meta::{Attr, Content, Device, Xattr};
 
+use super::acl;
 use super::chunks::FileData;
 use super::header::Refusal;
 
@@ -29,7 +30,7 @@ const WHITEOUT: &[u8] = b".wh.";
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct DirId(usize);
 
 #[derive(Clone, Copy)]
@@ -45,9 +46,15 @@ pub(super) struct Upper {
 
 #[derive(Default)]
 struct Dir {
+    /// The root is its own.
+    parent: DirId,
     attr: Option<Attr>,
     opaque: bool,
+    /// Changed by [`Upper::set_child`] only.
     children: BTreeMap<Vec<u8>, Child>,
+    /// How many of the children are more than whiteouts or directories for whiteouts only, and one more if an entry lists the directory. Counted
+    /// as things change: an archive may ask for it with every entry.
+    solid: usize,
 }
 
 struct File {
@@ -115,6 +122,17 @@ fn clean(path: &[u8]) -> Vec<&[u8]> {
     names
 }
 
+/// Whether the path can be; of a whiteout's name what it removes counts. Before anything is made of it: a path of a megabyte would be half a
+/// million directories.
+fn check_length(way: &[Vec<u8>], name: &[u8]) -> Result<(), Refusal> {
+    let name = name.strip_prefix(WHITEOUT).unwrap_or(name);
+    let long_name = way.iter().map(|n| &n[..]).chain([name]).any(|name| name.len() > MAX_NAME);
+    if long_name || way.iter().map(|n| n.len() + 1).sum::<usize>() + name.len() > MAX_PATH {
+        return malformed("its name is longer than 255 bytes, or its path longer than 32 KiB");
+    }
+    Ok(())
+}
+
 impl Upper {
     pub fn new() -> Upper {
         Upper { dirs: vec![Dir::default()], files: Vec::new(), names: 0, paths: 0 }
@@ -127,6 +145,7 @@ impl Upper {
         let mut names = clean(path);
         let Some(name) = names.pop() else { return Ok(Intent::Ignore) };
         let (way, _) = self.resolve(&names)?;
+        check_length(&way, name)?;
         if name.starts_with(WHITEOUT) && self.is_whited_out(&way) {
             return Ok(Intent::Done);
         }
@@ -142,9 +161,6 @@ impl Upper {
             self.count(&way, name.len());
             self.white_out(parent, name);
         } else {
-            if name.len() > MAX_NAME || way.iter().map(|n| n.len() + 1).sum::<usize>() + name.len() > MAX_PATH {
-                return malformed("its name is longer than 255 bytes, or its path longer than 32 KiB");
-            }
             self.count(&way, name.len());
             return Ok(Intent::Put(Place { parent, way, name: name.to_vec() }));
         }
@@ -156,11 +172,10 @@ impl Upper {
         let Place { parent, way, name } = place;
         match what {
             Put::Dir(attr) => self.put_dir(parent, name, attr),
-            Put::File(_, Body::Other(Content::Char(Device { major: 0, minor: 0 }))) => _ = self.dirs[parent.0].children.insert(name, Child::Whiteout),
+            Put::File(_, Body::Other(Content::Char(Device { major: 0, minor: 0 }))) => self.set_child(parent, name, Child::Whiteout),
             Put::File(attr, content) => {
                 self.files.push(File { attr, content });
-                let file = Child::File(FileId(self.files.len() - 1));
-                self.dirs[parent.0].children.insert(name, file);
+                self.set_child(parent, name, Child::File(FileId(self.files.len() - 1)));
             }
             Put::Link(attr, target) => return self.put_link(parent, &way, name, attr, &target),
         }
@@ -179,10 +194,38 @@ impl Upper {
 
     fn white_out(&mut self, parent: DirId, name: &[u8]) {
         match self.dirs[parent.0].children.get(name) {
-            None => _ = self.dirs[parent.0].children.insert(name.to_vec(), Child::Whiteout),
-            Some(&Child::Dir(dir)) if self.is_hollow(dir) => _ = self.dirs[parent.0].children.insert(name.to_vec(), Child::Whiteout),
-            Some(&Child::Dir(dir)) => self.dirs[dir.0].opaque = true,
+            Some(&Child::Dir(dir)) if !self.is_hollow(dir) => self.dirs[dir.0].opaque = true,
+            None | Some(Child::Dir(_)) => self.set_child(parent, name.to_vec(), Child::Whiteout),
             Some(_) => (),
+        }
+    }
+
+    /// Puts a child in place of what was there.
+    fn set_child(&mut self, dir: DirId, name: Vec<u8>, child: Child) {
+        let solid = self.is_solid(&child);
+        let was_solid = self.dirs[dir.0].children.insert(name, child).is_some_and(|old| self.is_solid(&old));
+        self.count_solid(dir, was_solid, solid);
+    }
+
+    fn is_solid(&self, child: &Child) -> bool {
+        match child {
+            Child::Dir(dir) => !self.is_hollow(*dir),
+            Child::Whiteout => false,
+            Child::File(_) | Child::LowerLink(_) => true,
+        }
+    }
+
+    /// Counts one of what a directory has as solid now and before, and where that makes a difference the directory in its parent, and so on.
+    fn count_solid(&mut self, mut dir: DirId, mut before: bool, mut now: bool) {
+        while before != now {
+            let Dir { parent, solid, .. } = &mut self.dirs[dir.0];
+            before = *solid > 0;
+            *solid = if now { *solid + 1 } else { *solid - 1 };
+            now = *solid > 0;
+            if dir == Self::ROOT {
+                break;
+            }
+            dir = *parent;
         }
     }
 
@@ -201,33 +244,21 @@ impl Upper {
 
     /// Whether the directory is only there for whiteouts in it.
     fn is_hollow(&self, dir: DirId) -> bool {
-        let mut todo = vec![dir];
-        while let Some(dir) = todo.pop() {
-            let dir = &self.dirs[dir.0];
-            if dir.attr.is_some() {
-                return false;
-            }
-            for child in dir.children.values() {
-                match child {
-                    Child::Dir(child) => todo.push(*child),
-                    Child::Whiteout => (),
-                    Child::File(_) | Child::LowerLink(_) => return false,
-                }
-            }
-        }
-        true
+        self.dirs[dir.0].solid == 0
     }
 
     fn put_dir(&mut self, parent: DirId, name: Vec<u8>, attr: Attr) {
         match self.dirs[parent.0].children.get(&name) {
-            Some(&Child::Dir(dir)) => {
-                let dir = &mut self.dirs[dir.0];
-                set_attr(dir.attr.get_or_insert_default(), attr);
-            }
+            Some(&Child::Dir(dir)) => match &mut self.dirs[dir.0].attr {
+                Some(old) => set_attr(old, attr),
+                none => {
+                    *none = Some(attr);
+                    self.count_solid(dir, false, true);
+                }
+            },
             there => {
                 let opaque = there.is_some();
-                let dir = self.new_dir(Dir { attr: Some(attr), opaque, children: BTreeMap::new() });
-                self.dirs[parent.0].children.insert(name, dir);
+                _ = self.new_dir(parent, name, Some(attr), opaque);
             }
         }
     }
@@ -242,13 +273,16 @@ impl Upper {
             // `tar f f` writes the second f as a link to the first.
             return Ok(());
         }
-        self.dirs[parent.0].children.remove(&name);
         let child = match target_dir.and_then(|dir| self.dirs[dir.0].children.get(target_name)) {
             Some(&Child::File(file)) => {
                 let File { attr: old, content } = &mut self.files[file.0];
                 let is_data = matches!(content, Body::Data(_));
-                let mode = if matches!(content, Body::Other(Content::Symlink(_))) { old.mode } else { attr.mode };
-                let xattrs = attr.xattrs.into_iter().filter(|x| is_data || !x.name.starts_with(b"user.")).collect();
+                let is_symlink = matches!(content, Body::Other(Content::Symlink(_)));
+                let mode = if is_symlink { old.mode } else { attr.mode };
+                let possible = |x: &Xattr| (is_data || !x.name.starts_with(b"user.")) && !(is_symlink && x.name.starts_with(b"system."));
+                let xattrs = attr.xattrs.into_iter().filter(possible).collect();
+                // containerd gives the inode the link's owner, and chown(2) takes capabilities away.
+                old.xattrs.retain(|x| x.name != b"security.capability");
                 set_attr(old, Attr { mode, xattrs, ..attr });
                 Child::File(file)
             }
@@ -265,7 +299,7 @@ impl Upper {
                 Child::LowerLink(path)
             }
         };
-        self.dirs[parent.0].children.insert(name, child);
+        self.set_child(parent, name, child);
         Ok(())
     }
 
@@ -335,9 +369,7 @@ impl Upper {
                     // In place of a whiteout it is new; otherwise it may be there below, and only the fold knows.
                     let opaque = there.is_some();
                     let attr = opaque.then(|| Attr { mode: NEW_DIR_MODE, ..Attr::default() });
-                    let child = DirId(self.dirs.len());
-                    self.dirs.push(Dir { attr, opaque, ..Dir::default() });
-                    self.dirs[dir.0].children.insert(name.clone(), Child::Dir(child));
+                    let child = self.new_dir(dir, name.clone(), attr, opaque);
                     self.count(&way[..depth], name.len());
                     child
                 }
@@ -346,9 +378,12 @@ impl Upper {
         Ok(dir)
     }
 
-    fn new_dir(&mut self, dir: Dir) -> Child {
-        self.dirs.push(dir);
-        Child::Dir(DirId(self.dirs.len() - 1))
+    fn new_dir(&mut self, parent: DirId, name: Vec<u8>, attr: Option<Attr>, opaque: bool) -> DirId {
+        let dir = DirId(self.dirs.len());
+        let solid = usize::from(attr.is_some());
+        self.dirs.push(Dir { parent, attr, opaque, children: BTreeMap::new(), solid });
+        self.set_child(parent, name, Child::Dir(dir));
+        dir
     }
 
     /// Drops whiteouts, and directories that are only there for them, where the layer hides what is below anyway.
@@ -382,16 +417,18 @@ impl Upper {
         while let Some((path, child)) = todo.pop() {
             let kind = match child {
                 Child::Dir(dir) => {
-                    let Dir { attr, opaque, children } = dirs[dir.0].take().expect("a directory has one name");
+                    let Dir { mut attr, opaque, children, .. } = dirs[dir.0].take().expect("a directory has one name");
                     let join = |name: Vec<u8>| if path.is_empty() { name } else { [&path[..], b"/", &name].concat() };
                     todo.extend(children.into_iter().rev().map(|(name, child)| (join(name), child)));
                     if path.is_empty() && !opaque {
                         continue;
                     }
+                    attr.iter_mut().for_each(acl::chmod);
                     EntryKind::Dir { attr, opaque }
                 }
                 Child::File(file) => match files[file.0].take() {
-                    Some(File { attr, content: body }) => {
+                    Some(File { mut attr, content: body }) => {
+                        acl::chmod(&mut attr);
                         first_name[file.0].clone_from(&path);
                         EntryKind::Node { attr, content: content(body) }
                     }
@@ -444,10 +481,12 @@ fn clean_relative(target: &[u8]) -> Vec<&[u8]> {
 
 /// Gives what exists the attributes of a later entry; extended ones are added to those it has.
 fn set_attr(attr: &mut Attr, new: Attr) {
-    let old = std::mem::replace(attr, new).xattrs;
-    for xattr in old {
-        if let Err(at) = attr.xattrs.binary_search_by(|x: &Xattr| x.name.cmp(&xattr.name)) {
-            attr.xattrs.insert(at, xattr);
+    let Attr { mode, uid, gid, mtime, xattrs } = new;
+    *attr = Attr { mode, uid, gid, mtime, xattrs: std::mem::take(&mut attr.xattrs) };
+    for xattr in xattrs {
+        match attr.xattrs.binary_search_by(|x| x.name.cmp(&xattr.name)) {
+            Ok(at) => attr.xattrs[at] = xattr,
+            Err(at) => attr.xattrs.insert(at, xattr),
         }
     }
 }

@@ -103,12 +103,12 @@ pub fn everything() -> Image {
 pub fn everything_layers() -> [Layer; 3] {
     let chunk = 256 << 10;
     let acl = [2u32.to_le_bytes().to_vec(), [(1u16, 6u16), (2, 4), (4, 4), (16, 6), (32, 4)].iter().flat_map(acl_entry).collect()].concat();
+    let capability = &[1, 0, 0, 2, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let bottom = Layer::new([
         Entry::dir("bin").mode(0o711).mtime(1_000_000_000, 123_456_789),
-        Entry::file("bin/tool", noise(1, 3 * chunk + 5))
-            .mode(0o4755)
-            .xattr("security.capability", &[1, 0, 0, 2, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
-        Entry::hard_link("bin/same", "bin/tool").mode(0o4755),
+        Entry::file("bin/tool", noise(1, 3 * chunk + 5)).mode(0o4755).xattr("security.capability", capability),
+        // Without it containerd would take it from the file, GNU tar would not.
+        Entry::hard_link("bin/same", "bin/tool").mode(0o4755).xattr("security.capability", capability),
         Entry::symlink("bin/link", "../bin/tool"),
         Entry::file("bin/exact", noise(2, chunk)),
         Entry::file("bin/copy", noise(2, chunk)),

@@ -1,7 +1,9 @@
-//! The layer stage against independent readers: GNU tar, Python and umoci unpack the same archives, and the results are compared.
+//! The layer stage against independent readers: GNU tar, Python and umoci unpack the same archives, and the results are
+//! compared; and against the system calls that unpacking is made of.
 
 #![allow(clippy::unwrap_used, reason = "a test's own set-up")]
 
 mod random;
 mod referee;
+mod syscalls;
 mod unpackers;

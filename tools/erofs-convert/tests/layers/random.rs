@@ -16,7 +16,7 @@ use tar_core::{EntryBuilder, EntryType};
 const IMAGES: u64 = 100;
 
 /// A sequence that is the same on every machine (splitmix64).
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -26,11 +26,11 @@ impl Random {
         mixed ^ mixed >> 31
     }
 
-    fn below(&mut self, end: usize) -> usize {
+    pub fn below(&mut self, end: usize) -> usize {
         (self.next() % end as u64) as usize
     }
 
-    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+    pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[self.below(of.len())]
     }
 }
@@ -50,7 +50,8 @@ struct Maker<'a> {
     /// Whether the layer has a directory that hides what is below.
     opaque: bool,
     seen: &'a mut BTreeMap<&'static str, usize>,
-    /// Attributes of entries, for links to them: umoci ignores a link's own, containerd applies them, and real archives repeat the file's.
+    /// Attributes of entries, for links to them: umoci ignores a link's own, so here links repeat the file's. (`syscalls` has
+    /// those that do not.)
     attributes: BTreeMap<String, Attributes>,
 }
 

@@ -76,6 +76,13 @@ fn names_are_cleaned_and_clamped_to_the_root() {
         assert!(matches!(Upper::new().enter(root.as_bytes()), Ok(Intent::Ignore)), "{root}");
     }
     check(&format!("{}=1", "n".repeat(256)), "ERROR its name is longer than 255 bytes, or its path longer than 32 KiB");
+    for long in [format!("{}.wh.a", "n/".repeat(16384)), format!("{}.wh..wh..opq", "n/".repeat(16384)), format!("{}/.wh..wh.x", "n".repeat(256))] {
+        check(&long, "ERROR its name is longer than 255 bytes, or its path longer than 32 KiB");
+    }
+    let (mut upper, path) = (Upper::new(), "n/".repeat(500_000));
+    assert!(upper.enter(path.as_bytes()).is_err() && upper.size() == (0, 0), "nothing is made of it");
+    let longest = "n".repeat(255);
+    check(&format!(".wh.{longest}"), &format!("-{longest}"));
     check(&format!("{}n=1", "n/".repeat(16384)), "ERROR its name is longer than 255 bytes, or its path longer than 32 KiB");
 }
 
@@ -129,6 +136,15 @@ fn whiteouts_are_for_layers_below() {
     check("d/e/.wh.a, d/e/f=1, .wh.d", "d/!:, d/e/:, d/e/f=1");
     check("d/e/.wh.a, d/f=1, .wh.d", "d/!:, d/f=1");
     check("d/.wh..wh..opq, d/.wh.a, d/e/.wh.b, d/g/", "d/!:, d/g/");
+    // Directories that are only there for whiteouts, whatever was in them for a while.
+    check("d/e/a=1, d/e/a!, .wh.d", "-d");
+    check("d/e/a=1, d/e!, .wh.d", "-d");
+    check("d/e/a=1, d/e/b=1, d/e/a!, .wh.d", "d/!:, d/e/:, d/e/b=1");
+    check("d/e/a=1, d/e/b=1, d/e/a!, d/e/b!, .wh.d", "-d");
+    check("d/e/a=1, d/e/a=2, d/e/a!, .wh.d", "-d");
+    check("d/e/, d/e/a=1, d/e/a!, .wh.d", "d/!:, d/e/");
+    check("d/e/a=1, d/e/ 711, d/e!, .wh.d", "-d");
+    check("d/a>x, d/a!, .wh.d, d/b=1", "d/! 755, d/b=1");
     check("a!", "-a");
     check("a=1, a!", "-a");
     for bad in [".wh.", ".wh..", ".wh...", "d/.wh...", "d/.wh."] {
@@ -178,6 +194,57 @@ fn hard_links_name_files_of_the_layer_or_below() {
     // The fold would take the layer's own file for the target.
     check("b>a, a=2", "ERROR ambiguous a");
     check("b>d/a, d=2", "ERROR ambiguous d/a");
+}
+
+fn xattrs(names: &[&str]) -> Vec<Xattr> {
+    names.iter().map(|name| Xattr { name: name.as_bytes().to_vec(), value: b"v".to_vec() }).collect()
+}
+
+/// The extended attributes of `f` after a hard link to it with others.
+fn linked(content: Content, own: &[&str], link: &[&str]) -> String {
+    let mut upper = Upper::new();
+    for (path, what) in [
+        ("f", Put::File(Attr { xattrs: xattrs(own), ..Attr::default() }, Body::Other(content))),
+        ("l", Put::Link(Attr { xattrs: xattrs(link), ..Attr::default() }, b"f".to_vec())),
+    ] {
+        let Ok(Intent::Put(place)) = upper.enter(path.as_bytes()) else { panic!("{path} has a place") };
+        assert!(upper.put(place, what).is_ok());
+    }
+    let entries = upper.into_entries(|body| match body {
+        Body::Other(content) => content,
+        Body::Data(_) => unreachable!("there is no data"),
+    });
+    let EntryKind::Node { attr, .. } = &entries[0].kind else { panic!("f comes first") };
+    attr.xattrs.iter().map(|x| x.name.escape_ascii().to_string()).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn a_link_gives_the_inode_its_attributes_as_chown_and_setxattr_would() {
+    let file = || Content::File(erofs::meta::Data::Inline(Vec::new()));
+    let check = |own: &[&str], link: &[&str], expected: &str| assert_eq!(linked(file(), own, link), expected);
+    check(&["security.capability", "security.selinux"], &[], "security.selinux");
+    check(&["security.capability"], &["security.capability"], "security.capability");
+    check(&["security.selinux"], &["security.capability"], "security.capability security.selinux");
+    let symlink = Content::Symlink(b"x".to_vec());
+    assert_eq!(linked(symlink, &["security.selinux"], &["system.posix_acl_access", "user.a", "security.a"]), "security.a security.selinux");
+    assert_eq!(linked(Content::Fifo, &[], &["user.a", "security.a"]), "security.a");
+}
+
+/// Every entry of such an archive once asked for a pass over all names in the directory.
+#[test]
+fn whiteouts_of_one_directory_again_and_again_take_no_time() {
+    let mut upper = Upper::new();
+    for i in 0..50_000 {
+        assert!(upper.enter(format!("d/.wh.{i:05}").as_bytes()).is_ok());
+    }
+    let Ok(Intent::Put(place)) = upper.enter(b"d/z") else { panic!("there is a place") };
+    assert!(upper.put(place, Put::File(Attr::default(), Body::Other(Content::Fifo))).is_ok());
+    let start = std::time::Instant::now();
+    for _ in 0..50_000 {
+        assert!(upper.enter(b".wh.d").is_ok());
+    }
+    assert!(start.elapsed().as_secs() < 10, "{:?}", start.elapsed());
+    assert_eq!(upper.into_entries(|_| Content::Fifo).len(), 2);
 }
 
 #[test]
