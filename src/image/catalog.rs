@@ -1,6 +1,6 @@
 //! The node's side of the store: from a chain ID to verified local files.
 //!
-//! Only the threads of its flights touch the store (invariant 3), see `flights`. A flight looks for a record ([`Store::find_record`]), copies what the record needs to local files, verifies it, and keeps the record
+//! Only the threads of its flights touch the store (invariant 3), see `flights`. A flight looks for a record ([`Store::records`]), copies what the record needs to local files, verifies it, and keeps the record
 //! itself. So a chain that was found once can be mounted again by a later process, without the store's metadata.
 
 use std::io;
@@ -19,7 +19,7 @@ use super::lock;
 use super::wrong::{WrongRecord, check_devices, fold_image};
 use crate::oci::ChainId;
 use crate::store::record::{Found, open_record};
-use crate::store::{Payload, Sizes, Store, StoreError, TrustFiles};
+use crate::store::{Payload, Sizes, Store, StoreError, Trust, TrustFiles};
 
 /// How long [`Catalog::local`] waits for files that have been lost locally. The caller is about to mount and has nothing better to do;
 /// containerd gives up on a container after some minutes.
@@ -99,6 +99,17 @@ pub enum CatalogError {
     },
 }
 
+impl CatalogError {
+    /// Whether the store answered, but what it has for this record is no good.
+    fn is_about_content(&self) -> bool {
+        match self {
+            CatalogError::Store { source, .. } => source.is_about_content(),
+            CatalogError::Wrong { .. } => true,
+            _ => false,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     store_dir: PathBuf,
@@ -111,10 +122,13 @@ struct Shared {
 }
 
 impl Catalog {
-    /// A catalog over the store in `store` with its local files below `state`. Touches neither: a store that is missing, broken or hung
-    /// now is tried again with each question (invariant 4).
+    /// A catalog over the store in `store` with its local files below `state`, of which there is one at a time: what a killed one left half
+    /// written there is removed. Does not touch the store: one that is missing, broken or hung now is tried again with each question
+    /// (invariant 4).
     pub fn new(store: PathBuf, state: PathBuf, trust: TrustFiles) -> Catalog {
-        let shared = Arc::new(Shared { store_dir: store, trust, files: LocalFiles::new(state), store: Mutex::default(), folding: Mutex::default() });
+        let files = LocalFiles::new(state);
+        files.remove_unfinished();
+        let shared = Arc::new(Shared { store_dir: store, trust, files, store: Mutex::default(), folding: Mutex::default() });
         let fetch = shared.clone();
         Catalog { shared, flights: Flights::new(move |chain| fetch.fetch(chain)) }
     }
@@ -135,9 +149,16 @@ impl Catalog {
         }
     }
 
-    /// The local files of a chain that was found before, also by an earlier process. Blocks: folds a prefix on first use, fetches
-    /// again what has been lost locally.
+    /// The local files of a chain that was found before, also by an earlier process, fit to be mounted. Blocks: folds a prefix on first use,
+    /// fetches again what has been lost locally, waits for the disk.
     pub fn local(&self, chain: &ChainId) -> Result<LocalImage, CatalogError> {
+        let local = self.found(chain)?;
+        let kept = Kept::Meta(local.digest);
+        self.shared.files.make_durable(kept).map_err(|source| self.shared.disk(chain, kept, source))?;
+        Ok(local)
+    }
+
+    fn found(&self, chain: &ChainId) -> Result<LocalImage, CatalogError> {
         if let Some(payload) = self.remembered(chain)
             && let Some(local) = self.shared.localise(&payload)?
         {
@@ -169,10 +190,7 @@ impl Shared {
         }
         let store_error = |source| CatalogError::Store { chain: *chain, source: Arc::new(source) };
         let store = self.open_store().map_err(store_error)?;
-        let fetched = store.find_record(chain, &trust).map_err(store_error).and_then(|found| match found {
-            Some(found) => self.keep(&store, chain, found),
-            None => Err(self.not_in_store(chain)),
-        });
+        let fetched = self.keep_first(&store, chain, &trust);
         if let Err(CatalogError::Store { source, .. }) = &fetched
             && !source.is_about_content()
         {
@@ -190,6 +208,23 @@ impl Shared {
         let store = Arc::new(Store::open(&self.store_dir)?);
         *lock(&self.store) = Some(store.clone());
         Ok(store)
+    }
+
+    /// Keeps the first record of the chain of which everything is whole.
+    fn keep_first(&self, store: &Store, chain: &ChainId, trust: &Trust) -> Result<Arc<Payload>, CatalogError> {
+        let store_error = |source| CatalogError::Store { chain: *chain, source: Arc::new(source) };
+        let mut first = None;
+        for found in store.records(chain, trust).map_err(store_error)? {
+            match self.keep(store, chain, found.map_err(store_error)?) {
+                // Another record may name other files.
+                Err(error) if error.is_about_content() => {
+                    tracing::warn!(%chain, error = &error as &dyn std::error::Error, "passing over a record");
+                    first.get_or_insert(error);
+                }
+                kept => return kept,
+            }
+        }
+        Err(first.unwrap_or_else(|| self.not_in_store(chain)))
     }
 
     /// Copies what the record needs from the store: verified there, kept here, the record last.
@@ -334,10 +369,9 @@ mod tests {
         let sample = Sample::new();
         let payloads = sample.publish(&layers("a", 2));
         for payload in &payloads {
-            for damage in [None, Some(b"damaged")] {
+            for damage in [None, Some(&b"damaged"[..]), Some(b"")] {
                 let first = catalog(&sample).local(&payload.chain).unwrap();
-                for file in fs::read_dir(state(&sample).join("meta")).unwrap().chain(fs::read_dir(state(&sample).join("trees")).into_iter().flatten())
-                {
+                for file in ["meta", "trees", "records"].into_iter().flat_map(|dir| fs::read_dir(state(&sample).join(dir)).into_iter().flatten()) {
                     match damage {
                         None => fs::remove_file(file.unwrap().path()).unwrap(),
                         Some(bytes) => fs::write(file.unwrap().path(), bytes).unwrap(),
@@ -408,6 +442,30 @@ mod tests {
         check(&|payload| payload.packs[0].blocks += 1, false, "devices");
         check(&|payload| payload.packs[0].blocks += 1, true, "devices");
         check(&|payload| payload.packs.clear(), true, "devices");
+    }
+
+    #[test]
+    fn a_damaged_metadata_image_does_not_hide_a_record_of_another() {
+        // The same chain twice, of two images: whichever record comes first, one is damaged in one round and the other in the other.
+        for damaged in 0..2 {
+            let sample = Sample::new();
+            let all = layers("a", 2);
+            let one = sample.publish(&all).pop().unwrap();
+            let bytes = {
+                // Another image of the same layers: one more file.
+                let mut more = all.clone();
+                more[1].1 = layers("a", 3).pop().unwrap().1;
+                metadata(&more).bytes
+            };
+            let other = Payload { metadata: Digest::of(&bytes), ..one.clone() };
+            sample.store.put_metadata(&bytes).unwrap();
+            sample.store.put_record(&other, &sample.key).unwrap();
+            let (bad, good) = if damaged == 0 { (&one, &other) } else { (&other, &one) };
+            fs::write(sample.store.dir().join(Name::Meta(bad.metadata).path()), b"damaged").unwrap();
+            let catalog = catalog(&sample);
+            assert_eq!(catalog.known(&one.chain, patient()).as_deref(), Some(good), "number {damaged} is damaged");
+            assert_eq!(catalog.local(&one.chain).unwrap().digest, good.metadata);
+        }
     }
 
     #[test]

@@ -6,11 +6,14 @@
 //! <state>/records/<chain id>.json    signed record last found for the chain
 //! ```
 //!
-//! Digests are those of the store. Files appear by fsync and rename; one that turns out damaged is removed, and so is fetched again.
+//! Digests are those of the store. Files appear by rename and without fsync, since a pull waits for them while a slow disk may be busy: a power
+//! cut can lose one or leave it torn, which its digest (a record's signature) tells the next process; it is then removed, and so fetched
+//! again. Before an image is mounted its metadata is made durable, as from then on the kernel reads it without verifying: a write that the disk
+//! refused would otherwise show as other bytes.
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -19,6 +22,14 @@ use std::sync::{Mutex, PoisonError};
 use erofs::digest::Digest;
 
 use crate::oci::ChainId;
+
+const META: &str = "meta";
+const TREES: &str = "trees";
+const RECORDS: &str = "records";
+const DIRECTORIES: [&str; 3] = [META, TREES, RECORDS];
+
+/// Begins the names of files being written, and no others.
+const UNFINISHED: &str = ".";
 
 /// Content a node keeps under its digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -43,26 +54,42 @@ pub(super) struct LocalFiles {
     state: PathBuf,
     /// What this process has seen to match its digest (invariant 5). Never held during I/O.
     verified: Mutex<HashSet<Kept>>,
-    /// Makes names of temporary files differ within this process.
+    /// What this process has seen to be on disk. Never held during I/O.
+    durable: Mutex<HashSet<Kept>>,
+    /// Makes names of unfinished files differ.
     temp: AtomicU64,
 }
 
 impl LocalFiles {
     pub fn new(state: PathBuf) -> LocalFiles {
-        LocalFiles { state, verified: Mutex::default(), temp: AtomicU64::new(0) }
+        LocalFiles { state, verified: Mutex::default(), durable: Mutex::default(), temp: AtomicU64::new(0) }
+    }
+
+    /// Removes what killed processes left half written. Nobody else may be writing here.
+    pub fn remove_unfinished(&self) {
+        for dir in DIRECTORIES.map(|name| self.state.join(name)) {
+            // A directory that is not there yet has nothing in it, and one that cannot be read says so when it is needed.
+            for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+                if entry.file_name().as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
+                    && let Err(error) = fs::remove_file(entry.path())
+                {
+                    tracing::warn!(path = %entry.path().display(), %error, "a file that was never finished stays");
+                }
+            }
+        }
     }
 
     /// Where a file lies, or would.
     pub fn path(&self, kept: Kept) -> PathBuf {
         match kept {
-            Kept::Meta(digest) => self.state.join("meta").join(format!("{digest}.erofs")),
-            Kept::Tree(digest) => self.state.join("trees").join(format!("{digest}.tree")),
+            Kept::Meta(digest) => self.state.join(META).join(format!("{digest}.erofs")),
+            Kept::Tree(digest) => self.state.join(TREES).join(format!("{digest}.tree")),
         }
     }
 
     /// Where the record of a chain lies, or would.
     pub fn record_path(&self, chain: &ChainId) -> PathBuf {
-        self.state.join("records").join(format!("{chain}.json"))
+        self.state.join(RECORDS).join(format!("{chain}.json"))
     }
 
     /// Whether the file is there and verified; reads it if this process has not yet.
@@ -95,8 +122,24 @@ impl LocalFiles {
 
     /// Keeps bytes that the caller has verified.
     pub fn put(&self, kept: Kept, bytes: &[u8]) -> io::Result<()> {
+        self.durable.lock().unwrap_or_else(PoisonError::into_inner).remove(&kept);
         self.write(&self.path(kept), bytes)?;
         self.verified.lock().unwrap_or_else(PoisonError::into_inner).insert(kept);
+        Ok(())
+    }
+
+    /// Waits until the file is on disk, once in the life of this process. One that the disk refuses is removed.
+    pub fn make_durable(&self, kept: Kept) -> io::Result<()> {
+        if self.durable.lock().unwrap_or_else(PoisonError::into_inner).contains(&kept) {
+            return Ok(());
+        }
+        let path = self.path(kept);
+        if let Err(error) = File::open(&path)?.sync_data() {
+            self.verified.lock().unwrap_or_else(PoisonError::into_inner).remove(&kept);
+            let _ = fs::remove_file(&path);
+            return Err(error);
+        }
+        self.durable.lock().unwrap_or_else(PoisonError::into_inner).insert(kept);
         Ok(())
     }
 
@@ -120,19 +163,12 @@ impl LocalFiles {
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let dir = path.parent().expect("local files lie in directories");
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        // Of a process that died here one file stays, until a later process with its number writes over it.
-        let temp = dir.join(format!(".{}.{}", std::process::id(), self.temp.fetch_add(1, Relaxed)));
-        let written = (|| {
-            let mut file = File::create(&temp)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            fs::rename(&temp, path)
-        })();
+        let temp = dir.join(format!("{UNFINISHED}{}", self.temp.fetch_add(1, Relaxed)));
+        let written = fs::write(&temp, bytes).and_then(|()| fs::rename(&temp, path));
         if written.is_err() {
             let _ = fs::remove_file(&temp);
         }
-        written?;
-        File::open(dir)?.sync_all()
+        written
     }
 }
 
@@ -167,6 +203,41 @@ mod tests {
             assert!(!after.has(kept).unwrap(), "{damage:?}");
             assert!(!after.path(kept).exists(), "{damage:?}");
         }
+    }
+
+    #[test]
+    fn what_a_killed_process_left_half_written_goes_and_the_rest_stays() {
+        let state = tempfile::tempdir().unwrap();
+        let kept = [Kept::Tree(Digest::of(b"tree")), Kept::Meta(Digest::of(b"image"))];
+        let chain = ChainId(crate::oci::Sha256::of(b"c"));
+        let files = LocalFiles::new(state.path().to_owned());
+        // Also before there is any directory.
+        files.remove_unfinished();
+        kept.iter().zip([&b"tree"[..], b"image"]).for_each(|(kept, bytes)| files.put(*kept, bytes).unwrap());
+        files.put_record(&chain, b"record").unwrap();
+        for path in [files.path(kept[0]), files.path(kept[1]), files.record_path(&chain)] {
+            fs::write(path.with_file_name(".4711.0"), b"half").unwrap();
+        }
+        let next = LocalFiles::new(state.path().to_owned());
+        next.remove_unfinished();
+        assert!(kept.iter().all(|kept| next.has(*kept).unwrap()) && next.read_record(&chain).unwrap().is_some());
+        for dir in DIRECTORIES {
+            assert_eq!(fs::read_dir(state.path().join(dir)).unwrap().count(), 1, "{dir}");
+        }
+    }
+
+    #[test]
+    fn what_is_to_be_mounted_is_waited_for() {
+        let state = tempfile::tempdir().unwrap();
+        let kept = Kept::Meta(Digest::of(b"image"));
+        let files = LocalFiles::new(state.path().to_owned());
+        assert_eq!(files.make_durable(kept).unwrap_err().kind(), io::ErrorKind::NotFound);
+        files.put(kept, b"image").unwrap();
+        files.make_durable(kept).unwrap();
+        fs::remove_file(files.path(kept)).unwrap();
+        assert!(!files.has(kept).unwrap());
+        files.put(kept, b"image").unwrap();
+        assert!(!files.durable.lock().unwrap().contains(&kept), "a file written again is waited for again");
     }
 
     #[test]

@@ -240,26 +240,33 @@ impl Store {
     ///
     /// Errors are trouble in reaching the store only; a record that is no good is passed over.
     pub fn find(&self, chain: &ChainId, trust: &Trust) -> Result<Option<Payload>, StoreError> {
-        Ok(self.find_record(chain, trust)?.map(|found| found.payload))
+        Ok(self.records(chain, trust)?.next().transpose()?.map(|found| found.payload))
     }
 
-    /// The same as [`Store::find`], with the record itself.
-    pub fn find_record(&self, chain: &ChainId, trust: &Trust) -> Result<Option<Found>, StoreError> {
+    /// The first record as [`Store::find`] gives it, and all that would do as well, in the same order: what a record names is there, but whether
+    /// it is whole shows when it is read.
+    pub fn records<'a>(
+        &'a self,
+        chain: &'a ChainId,
+        trust: &'a Trust,
+    ) -> Result<impl Iterator<Item = Result<Found, StoreError>> + use<'a>, StoreError> {
         let dir = layout::records_of(chain);
         let names = open::names(&self.root, &dir, &self.shown(&dir))?;
-        for name in &names {
-            let Some(digest) = name.strip_suffix(".json").and_then(|hex| hex.parse::<Digest>().ok()) else { continue };
-            if names.binary_search(&layout::tombstone(&digest)).is_ok() {
-                continue;
+        let tombstoned = |digest: &Digest| names.binary_search(&layout::tombstone(digest)).is_ok();
+        let digests = names.iter().filter_map(|name| name.strip_suffix(".json")?.parse::<Digest>().ok());
+        let digests: Vec<Digest> = digests.filter(|digest| !tombstoned(digest)).collect();
+        Ok(digests.into_iter().filter_map(move |digest| match self.consider(chain, &digest, trust) {
+            Ok(Ok(found)) => Some(Ok(found)),
+            Ok(Err(reason)) => {
+                tracing::debug!(%chain, record = %digest, reason, "passing over a record");
+                None
             }
-            match self.consider(chain, &digest, trust) {
-                Ok(Ok(found)) => return Ok(Some(found)),
-                Ok(Err(reason)) => tracing::debug!(%chain, record = %digest, reason, "passing over a record"),
-                Err(error) if error.is_about_content() => tracing::debug!(%chain, record = %digest, %error, "passing over a record"),
-                Err(error) => return Err(error),
+            Err(error) if error.is_about_content() => {
+                tracing::debug!(%chain, record = %digest, %error, "passing over a record");
+                None
             }
-        }
-        Ok(None)
+            Err(error) => Some(Err(error)),
+        }))
     }
 
     /// One record: usable, or the reason why it is not.
