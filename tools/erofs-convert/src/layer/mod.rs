@@ -112,7 +112,7 @@ pub enum ConvertError {
         what: Cow<'static, str>,
     },
     /// The layer costs more than it may.
-    #[error("tar entry \"{path}\" at byte {offset}: the layer has more than {limit} {what}; if it is to be trusted, raise the budget")]
+    #[error("tar entry \"{path}\" at byte {offset}: the layer has more than {limit} {what}; build the image with this layer split into several")]
     Budget {
         /// Path of the entry that was too much.
         path: String,

@@ -215,13 +215,13 @@ fn budgets_end_a_layer_with_their_figure() {
         assert_eq!(result.map_or_else(|e| e.to_string(), |_| String::new()), expected);
     };
     let files: [(&str, &[u8]); 2] = [("a", b"1"), ("b", &[2; 1000])];
-    let trusted = "if it is to be trusted, raise the budget";
+    let advice = "build the image with this layer split into several";
     check(&files, &|b| *b = Budget { entries: 2, bytes: 1001, metadata: 3 }, "");
-    check(&files, &|b| b.entries = 1, &format!("tar entry \"b\" at byte 1024: the layer has more than 1 entries; {trusted}"));
-    check(&files, &|b| b.bytes = 1000, &format!("tar entry \"b\" at byte 1024: the layer has more than 1000 bytes of file data; {trusted}"));
-    check(&files, &|b| b.metadata = 0, &format!("tar entry \"a\" at byte 0: the layer has more than 0 bytes of metadata; {trusted}"));
+    check(&files, &|b| b.entries = 1, &format!("tar entry \"b\" at byte 1024: the layer has more than 1 entries; {advice}"));
+    check(&files, &|b| b.bytes = 1000, &format!("tar entry \"b\" at byte 1024: the layer has more than 1000 bytes of file data; {advice}"));
+    check(&files, &|b| b.metadata = 0, &format!("tar entry \"a\" at byte 0: the layer has more than 0 bytes of metadata; {advice}"));
     // Names that no entry lists count as well.
-    check(&[("a/b/c/d", b""), ("e", b"")], &|b| b.entries = 3, &format!("tar entry \"e\" at byte 512: the layer has more than 3 entries; {trusted}"));
+    check(&[("a/b/c/d", b""), ("e", b"")], &|b| b.entries = 3, &format!("tar entry \"e\" at byte 512: the layer has more than 3 entries; {advice}"));
 }
 
 #[test]
