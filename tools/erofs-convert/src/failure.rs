@@ -9,6 +9,7 @@ use erofs::image::{ImageError, TreeError};
 use slipway::oci::{ChainId, OciError, VerifyError};
 use slipway::store::StoreError;
 use slipway::store::key::KeyError;
+use slipway::store::record::MAX_PACKS;
 
 use crate::layer::ConvertError;
 use crate::stop::{INTERRUPTED, Stopped};
@@ -70,6 +71,19 @@ pub enum Failure {
         /// Why.
         #[source]
         source: TreeError,
+    },
+    /// A record of it would be passed over by every node.
+    #[error(
+        "{image} cannot be converted: its layers up to chain {chain} have {count} packs of file data, and an image can have {MAX_PACKS}; \
+         each layer with file data has at least one, and one more for each GiB: build the image with fewer layers or less data"
+    )]
+    TooManyPacks {
+        /// The image.
+        image: String,
+        /// A chain that has too many.
+        chain: ChainId,
+        /// How many it has.
+        count: usize,
     },
     /// Own files of the converter.
     #[error("cannot use {}: give a writable directory with --state", .path.display())]

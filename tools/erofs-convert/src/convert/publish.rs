@@ -89,6 +89,9 @@ impl Prefix {
         let checked = Checked::new(tree).map_err(|source| Failure::Tree { chain, source })?;
         let built = image::write(&checked);
         let tree = checked.tree();
+        if tree.packs.len() > record::MAX_PACKS {
+            return Err(Failure::TooManyPacks { image: image.name.clone(), chain, count: tree.packs.len() });
+        }
         let mut stored = 0;
         for pack in &tree.packs {
             stored += reuse::pack_len(store, pack.digest)?;
@@ -130,4 +133,57 @@ fn content_size(tree: &Tree) -> u64 {
         _ => 0,
     };
     tree.inodes.iter().map(size).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use erofs::block::UnitBits;
+    use erofs::layer::{Entry, EntryKind};
+    use erofs::meta::{Attr, Chunk, Data, PackRef};
+    use slipway::oci::{Platform, Sha256, SourceLayer, chain_ids};
+    use slipway::store::Name;
+
+    use super::*;
+
+    /// A layer with one file in a pack of its own.
+    fn layer(number: usize) -> LayerTree {
+        let pack = PackRef { digest: Digest::of(&number.to_le_bytes()), blocks: 64, unit_bits: UnitBits::DEFAULT };
+        let data = Data::Chunked { size: 200_000, unit_bits: UnitBits::DEFAULT, chunks: vec![Chunk::At { pack: 0, block: 0 }] };
+        let kind = EntryKind::Node { attr: Attr { mode: 0o644, ..Attr::default() }, content: Content::File(data) };
+        LayerTree::new(vec![pack], vec![Entry { path: format!("file{number}").into_bytes(), kind }]).unwrap()
+    }
+
+    /// Nodes pass over a record with more packs than a mount takes, so it must not come to one.
+    #[test]
+    fn an_image_of_more_packs_than_a_mount_takes_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(dir.path()).unwrap();
+        let key_dir = tempfile::tempdir().unwrap();
+        let key = SigningKey::load_or_create(&key_dir.path().join("key")).unwrap();
+        let count = record::MAX_PACKS + 1;
+        let trees: Vec<LayerTree> = (0..count).map(layer).collect();
+        let digests: Vec<Digest> = trees.iter().map(|tree| Digest::of(&tree.encode())).collect();
+        let diff_ids: Vec<DiffId> = (0..count).map(|i| DiffId(Sha256::of(&i.to_le_bytes()))).collect();
+        let layers = chain_ids(&diff_ids).into_iter().zip(&diff_ids);
+        let layers =
+            layers.map(|(chain_id, diff_id)| SourceLayer { digest: diff_id.0, size: 0, media_type: String::new(), diff_id: *diff_id, chain_id });
+        let image = SourceImage {
+            name: "example.com/app:1".to_owned(),
+            manifest_digest: Sha256::of(b"manifest"),
+            manifest_bytes: Vec::new(),
+            config_bytes: Vec::new(),
+            platform: Platform::host(),
+            layers: layers.collect(),
+        };
+        for tree in &trees {
+            store.publish(store.temp().unwrap(), &Name::Pack(tree.packs[0].digest)).unwrap();
+        }
+        let fold = |len: usize| Prefix::fold(&store, &key, &image, &trees[..len], &digests[..len]);
+        assert_eq!(fold(count - 1).map(|prefix| prefix.payload.packs.len()).map_err(|failure| failure.report()), Ok(count - 1));
+        let Err(failure) = fold(count) else { panic!("{count} packs are taken") };
+        let text = failure.report();
+        for part in ["example.com/app:1", &image.layers[count - 1].chain_id.to_string(), "257", "256", "fewer layers"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
 }
