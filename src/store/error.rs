@@ -65,8 +65,9 @@ pub enum StoreError {
         /// The file.
         path: PathBuf,
     },
-    /// A file's bytes are not what its name promises. Converting the image again replaces it.
-    #[error("{} is damaged ({reason}): convert the image again to replace it", path.display())]
+    /// A file's bytes are not what its name promises. Converting the image again makes it again; removed it must be first, since a conversion
+    /// goes by a finished layer's footers and does not read all of its data.
+    #[error("{} is damaged ({reason}): remove it, then convert the image again", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,

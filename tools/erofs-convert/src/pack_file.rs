@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
-use erofs::digest::Digest;
 use erofs::meta::PackRef;
 use erofs::pack::{PackTable, decode_unit};
 use slipway::store::{Name, Store, StoreError};
@@ -13,14 +13,15 @@ pub struct PackFile {
     file: File,
     len: u64,
     table: PackTable,
-    digest: Digest,
+    path: PathBuf,
 }
 
 impl PackFile {
     /// Opens a pack and verifies its tables.
     pub fn open(store: &Store, pack: &PackRef) -> Result<PackFile, StoreError> {
         let name = Name::Pack(pack.digest);
-        let damaged = |reason: String| StoreError::Damaged { path: store.dir().join(name.path()), reason };
+        let path = store.dir().join(name.path());
+        let damaged = |reason: String| StoreError::Damaged { path: path.clone(), reason };
         let file = store.open_file(&name)?;
         let read = |at: u64, len: usize| {
             let mut bytes = vec![0; len];
@@ -35,7 +36,7 @@ impl PackFile {
         if table.pack_ref() != *pack {
             return Err(damaged("the metadata image says another size of it than its footer".to_owned()));
         }
-        Ok(PackFile { file, len, table, digest: pack.digest })
+        Ok(PackFile { file, len, table, path })
     }
 
     /// Length of the file.
@@ -45,8 +46,8 @@ impl PackFile {
 
     /// Unit `index`, uncompressed; or what is wrong with it.
     pub fn unit(&self, index: u32) -> Result<Vec<u8>, String> {
-        let entry = self.table.unit(index).ok_or_else(|| format!("pack {} has no unit {index}", self.digest))?;
-        let failed = |error: &dyn std::fmt::Display| format!("unit {index} of pack {}: {error}", self.digest);
+        let entry = self.table.unit(index).ok_or_else(|| format!("pack {} has no unit {index}", self.path.display()))?;
+        let failed = |error: &dyn std::fmt::Display| format!("unit {index} of pack {}: {error}", self.path.display());
         let mut stored = vec![0; entry.stored_len as usize];
         self.file.read_exact_at(&mut stored, entry.offset).map_err(|e| failed(&e))?;
         let mut unit = vec![0; self.table.unit_len(index)];

@@ -111,7 +111,13 @@ fn what_is_damaged_in_the_store_is_made_again() {
     fs::write(&pack, damaged).unwrap();
     let check = ground.run(&["check", "oci:img:1", "oci:img:1"]);
     assert_eq!(check.code, 6, "{}", check.err);
-    assert!(check.out.contains("cannot be read from the store: unit 0 of pack"), "{}", check.out);
+    let advice = format!("cannot be read from the store: unit 0 of pack {}: ", pack.display());
+    assert!(check.out.contains(&advice) && check.out.contains("remove that file, then convert the image again"), "{}", check.out);
+    ground.convert("oci:img:1");
+    assert_eq!(ground.run(&["check", "oci:img:1", "oci:img:1"]).code, 6, "a finished layer's data is not read again");
+    fs::remove_file(&pack).unwrap();
+    ground.convert("oci:img:1");
+    assert_eq!(ground.run(&["check", "oci:img:1", "oci:img:1"]).code, 0, "the advice is true");
 }
 
 #[test]

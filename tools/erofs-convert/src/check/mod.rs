@@ -107,8 +107,9 @@ fn compare_data(
             match reader.digest(data) {
                 Ok(digest) if digest == *expected => {}
                 Ok(digest) => found.push((file.path, format!("has content with BLAKE3 {expected} in the source, {digest} in the image"))),
-                Err(what) => found
-                    .push((file.path, format!("cannot be read from the store: {what}; remove that pack from the store and convert the image again"))),
+                Err(what) => {
+                    found.push((file.path, format!("cannot be read from the store: {what}; remove that file, then convert the image again")))
+                }
             }
         }
         Ok((found, bytes))
