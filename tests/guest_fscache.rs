@@ -45,7 +45,7 @@ fn an_image_over_fscache_is_the_source_also_when_the_worker_dies_in_mid_read() {
     let image = layers().iter().fold(Image::new(), |image, layer| image.layer(layer, Compression::Gzip));
     let built = layout.add("latest", &image).expect("an image");
     let tagged = format!("{}:latest", layout.path().display());
-    let (store, state, tree) = (scratch.join("store"), scratch.join("state"), scratch.join("bundle"));
+    let (store, state, tree) = (scratch.make_dir("store").expect("a directory"), scratch.join("state"), scratch.join("bundle"));
 
     let converter = Converter::new(&state);
     converter.convert(&format!("oci:{tagged}"), &store).expect("conversion");

@@ -241,6 +241,7 @@ mod tests {
         let chunks = UfsChunks::new(Arc::new(StoreHandle::new(dir.path().join("store"))));
         tokio_uring::start(async {
             assert_eq!(read(&chunks, &pack, 0, 1).await, Err("open"), "no store yet");
+            fs::create_dir(dir.path().join("store")).unwrap();
             Store::create(&dir.path().join("store")).unwrap();
             assert_eq!(read(&chunks, &pack, 0, 1).await, Err("open"), "no pack yet");
             fs::create_dir_all(path.parent().unwrap()).unwrap();

@@ -32,7 +32,7 @@ pub enum StoreError {
         /// What is wrong with it.
         reason: String,
     },
-    /// The store does not answer as a file system should: not there, not mounted, stale, or an I/O error. Trying again later may help.
+    /// The store does not answer as a file system should: no directory there, not mounted, stale, or an I/O error. Trying again later may help.
     #[error("cannot reach {}: check that the store is mounted and its server answers", path.display())]
     Unreachable {
         /// What was being reached.

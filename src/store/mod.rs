@@ -63,7 +63,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, fsync, linkat, mkdirat, openat, unlinkat};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, fsync, linkat, openat, unlinkat};
 use rustix::io::Errno;
 
 use error::Doing;
@@ -83,14 +83,9 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store in `dir`, or makes one if `dir` is empty (or does not exist but its parent does). For converters: sees to it
-    /// that the store can be written, and removes what long-dead conversions left in `tmp/`.
+    /// Opens the store in `dir`, or makes one if `dir` is empty. For converters: sees to it that the store can be written, and removes what
+    /// long-dead conversions left in `tmp/`. A missing directory is never made: more often than not its file system is not mounted.
     pub fn create(dir: &Path) -> Result<Store, StoreError> {
-        match mkdirat(CWD, dir, Mode::from_raw_mode(0o755)) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            // Whether this matters shows when the directory is opened.
-            Err(_) => tracing::debug!(dir = %dir.display(), "the store's directory cannot be made"),
-        }
         let store = match Store::open(dir) {
             Err(StoreError::NotAStore { .. }) => {
                 found_in(dir)?;
@@ -271,7 +266,8 @@ mod tests {
         assert!(matches!(Store::create(&dir.path().join("file")), Err(StoreError::NotAStore { .. })));
         assert!(matches!(Store::open(&dir.path().join("none")), Err(StoreError::Unreachable { .. })));
         assert!(matches!(Store::create(&dir.path().join("none/deeper")), Err(StoreError::Unreachable { .. })));
-        assert!(!Store::create(&dir.path().join("none")).unwrap().id().is_empty(), "one level is made");
+        assert!(matches!(Store::create(&dir.path().join("none")), Err(StoreError::Unreachable { .. })));
+        assert!(!dir.path().join("none").exists(), "it may be where a share is to be mounted");
         assert!(matches!(Store::open(dir.path()), Err(StoreError::NotAStore { .. })));
     }
 

@@ -24,6 +24,7 @@ pub(crate) struct Sample {
 impl Sample {
     pub fn new() -> Sample {
         let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("store")).unwrap();
         let store = Store::create(&dir.path().join("store")).unwrap();
         let key = SigningKey::load_or_create(&dir.path().join("key")).unwrap();
         Sample { dir, store, key }

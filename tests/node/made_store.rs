@@ -28,6 +28,7 @@ pub fn content(file: u64) -> Vec<u8> {
 
 /// Puts an image into a new store, signed by `key`: a layer with so many files, and one with a [`NOTE`]. Gives the image's chain.
 pub fn make_store(dir: &Path, key: &SigningKey, count: u64) -> ChainId {
+    std::fs::create_dir(dir).expect("a directory");
     let store = Store::create(dir).expect("a store");
     let bits = UnitBits::MIN;
     let mut pack = PackWriter::new(store.temp().expect("a temporary file"), bits);

@@ -100,7 +100,7 @@ pub struct SourceArgs {
 /// Which store.
 #[derive(Debug, Args)]
 pub struct StoreArgs {
-    /// Directory of the store; for convert, an empty directory becomes one
+    /// Directory of the store; for convert, an empty directory becomes one (a missing one is not made: its file system may not be mounted)
     #[arg(long, value_name = "DIR", env = "SLIPWAY_STORE")]
     pub store: PathBuf,
 }

@@ -87,10 +87,22 @@ fn missing_platforms_tags_and_layouts_are_named() {
     ] {
         ground.run(args).assert_failed(code, parts);
     }
-    ground.assert_nothing_visible();
+    ground.assert_nothing_made();
     // A platform that is there can be asked for on any machine.
     let run = ground.run(&["convert", "oci:img:multi", "--platform", "linux/s390x", "--json"]);
     assert_eq!(run.json()["platform"], "linux/s390x");
+    assert!(run.err.contains(&format!("made a new store in {}", ground.store().display())), "{}", run.err);
+    let again = ground.run(&["convert", "oci:img:multi", "--platform", "linux/s390x"]);
+    assert!(again.code == 0 && !again.err.contains("made a new store"), "{}", again.err);
+}
+
+/// Where a share was not mounted, images were converted onto the disk below its mount point.
+#[test]
+fn a_store_directory_that_is_missing_is_not_made() {
+    let (ground, _) = with_image("not-mounted");
+    fs::remove_dir(ground.store()).unwrap();
+    ground.run(&["convert", "oci:img:1"]).assert_failed(1, &["store: check that the store is mounted", "No such file or directory"]);
+    assert!(!ground.store().exists() && !ground.scratch.join("state").exists());
 }
 
 #[test]
@@ -99,13 +111,13 @@ fn an_unreachable_registry_is_named() {
     let dead = DeadAddress::new().unwrap();
     let host = dead.host();
     ground.run(&["convert", &format!("{host}/team/app:1")]).assert_failed(5, &[&host, "team/app", "Connection refused"]);
-    ground.assert_nothing_visible();
+    ground.assert_nothing_made();
 }
 
 #[test]
 fn directories_that_are_no_store_and_newer_stores_are_refused_and_left_alone() {
     let (ground, _) = with_image("no-store");
-    let store = ground.scratch.make_dir("store").unwrap();
+    let store = ground.store();
     fs::write(store.join("precious"), "data").unwrap();
     ground.run(&["convert", "oci:img:1"]).assert_failed(1, &["store is no Slipway store", "empty"]);
     ground.run(&["ls"]).assert_failed(1, &["no Slipway store"]);
@@ -126,7 +138,7 @@ fn directories_that_are_no_store_and_newer_stores_are_refused_and_left_alone() {
 }
 
 fn mount_tmpfs(ground: &Ground, options: &str) {
-    let store = ground.scratch.make_dir("store").unwrap();
+    let store = ground.store();
     let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&store).status().unwrap();
     assert!(mounted.success());
 }

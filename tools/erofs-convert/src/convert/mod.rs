@@ -1,6 +1,6 @@
 //! From an image to a store: resolve, reuse what is there, convert the other layers, fold, publish.
 //!
-//! What becomes visible, and when (invariant 2): a layer's packs and tree once all its digests were verified, then the top's metadata
+//! Nothing is made anywhere before the image has been found. What becomes visible, and when (invariant 2): a layer's packs and tree once all its digests were verified, then the top's metadata
 //! image, then signed records from the lowest chain to the top, and the image root last. A conversion that stops anywhere leaves
 //! whole files that no record names, which the next run finds through the journal.
 
@@ -18,7 +18,7 @@ use std::time::Instant;
 use erofs::digest::Digest;
 use erofs::layer::LayerTree;
 use slipway::oci::{DiffId, Platform, Source, SourceImage, SourceLayer};
-use slipway::store::{ImageRoot, SigningKey, Store, Trust};
+use slipway::store::{ImageRoot, SigningKey, Store, StoreError, Trust};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
@@ -83,16 +83,25 @@ struct Finished {
 /// Converts an image.
 pub fn convert(context: &Context<'_>, options: &Options) -> Result<Converted, Failure> {
     let started = Instant::now();
-    let store = Store::create(&options.store)?;
-    make_state_dir(&options.state)?;
-    let key = SigningKey::load_or_create(&options.key)?;
-    let journal = Journal::open(&options.state).map_err(state_failure)?;
-    let leftovers = Leftovers::take_over(&options.state, context.progress).map_err(state_failure)?;
+    let new_store = match Store::open(&options.store) {
+        Ok(_) => false,
+        // Perhaps empty, and then it becomes one.
+        Err(StoreError::NotAStore { .. }) => true,
+        Err(error) => return Err(error.into()),
+    };
     let image = stop::wait(context.runtime, context.stop, options.source.resolve(&options.platform))??;
     if image.layers.is_empty() {
         return Err(Failure::NoLayers { image: image.name });
     }
     context.progress.say(&format!("{} ({}): {} layers", image.name, image.platform, image.layers.len()));
+    make_state_dir(&options.state)?;
+    let key = SigningKey::load_or_create(&options.key)?;
+    let journal = Journal::open(&options.state).map_err(state_failure)?;
+    let leftovers = Leftovers::take_over(&options.state, context.progress).map_err(state_failure)?;
+    let store = Store::create(&options.store)?;
+    if new_store {
+        context.progress.say(&format!("made a new store in {}", store.dir().display()));
+    }
     let mut finished = reuse::find(&store, &journal, &Trust(vec![key.public()]), &image)?;
     let todo = missing_layers(&image, &finished);
     context.progress.say(&format!("{} of {} layers are in the store", image.layers.len() - todo.len(), image.layers.len()));

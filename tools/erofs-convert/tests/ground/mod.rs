@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
@@ -9,7 +10,7 @@ use serde_json::Value;
 use testbed::{Compression, Entry, EntryKind, Image, Layer, Layout, Scratch};
 pub use testbed::{files_below, noise};
 
-/// A scratch directory with an OCI layout `img`, and places for a store and a state directory.
+/// A scratch directory with an OCI layout `img`, an empty directory to become a store, and a place for a state directory.
 pub struct Ground {
     pub scratch: Scratch,
     pub layout: Layout,
@@ -48,6 +49,7 @@ impl Ground {
     pub fn new(label: &str) -> Ground {
         let scratch = Scratch::new(label).expect("a scratch directory");
         let layout = Layout::create(&scratch.join("img")).expect("a layout");
+        scratch.make_dir("store").expect("a directory");
         Ground { scratch, layout }
     }
 
@@ -82,6 +84,12 @@ impl Ground {
         assert_eq!(run.code, 0, "{}", run.err);
         let images = run.json()["images"].as_array().expect("a list").clone();
         images.iter().map(|image| image["source"].as_str().expect("a name").to_owned()).collect()
+    }
+
+    /// Nothing was made anywhere.
+    pub fn assert_nothing_made(&self) {
+        assert_eq!(fs::read_dir(self.store()).expect("the directory stays").count(), 0);
+        assert!(!self.scratch.join("state").exists());
     }
 
     /// Nothing can be seen of any image, and no temporary file was left.
