@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use testbed::{Containerd, Converter, LoopFs, Registry, Slipwayd, SlipwaydConfig, Snapshotter, drop_caches};
+use testbed::{Containerd, Converter, LoopFs, Registry, Slipwayd, SlipwaydConfig, Snapshotter, drop_caches, resident_bytes};
 
 use crate::image::WORKLOAD;
 
@@ -95,6 +95,11 @@ impl Node {
     /// The node's containerd.
     pub fn containerd(&self) -> &Containerd {
         &self.containerd
+    }
+
+    /// Bytes of mounted images' files that are in the page cache.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        self.slipwayd.images().iter().map(|image| resident_bytes(image)).sum()
     }
 
     /// Bytes the local cache occupies on disk.

@@ -17,6 +17,7 @@
 //! | [`Converter`], [`Slipwayd`] | the built converter and node daemon |
 //! | [`GuestKernel`] | Linux 6.1 as a process, for what the running kernel lacks |
 //! | [`LoopFs`] | an ext4 of its own, whose reads the kernel counts |
+//! | [`drop_caches`], [`resident_bytes`] | the page cache |
 //! | [`Layer`], [`Image`], [`Layout`] | OCI images made from entries |
 //! | [`noise`], [`files_below`], [`DeadAddress`] | contents, directory listings and an address where nobody answers |
 //! | [`TreeDigest`] | everything a user can see of a mounted tree, comparable |
@@ -35,6 +36,7 @@ mod layout;
 mod loop_fs;
 mod mounts;
 pub mod need;
+mod page_cache;
 mod registry;
 mod scratch;
 mod slipwayd;
@@ -50,8 +52,9 @@ pub use files::{Noise, files_below, noise};
 pub use guest::GuestKernel;
 pub use layer::{Compression, Entry, EntryKind, Layer, LayerBlob};
 pub use layout::{BuiltImage, Image, Layout};
-pub use loop_fs::{LoopFs, drop_caches};
+pub use loop_fs::LoopFs;
 pub use mounts::{is_anything_mounted_below, is_mounted, unmount_below};
+pub use page_cache::{drop_caches, resident_bytes};
 pub use registry::{Mark, Registry};
 pub use scratch::Scratch;
 pub use slipwayd::{Slipwayd, SlipwaydConfig};

@@ -1,4 +1,4 @@
-//! A file system of its own on a loop device, whose reads the kernel counts; and emptying the page cache.
+//! A file system of its own on a loop device, whose reads the kernel counts.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -60,16 +60,10 @@ fn sectors_read(stat: &str) -> Option<u64> {
     stat.split_whitespace().nth(2)?.parse().ok()
 }
 
-/// Writes back what is dirty and empties page, dentry and inode caches, so that the next reads are cold. Needs root.
-pub fn drop_caches() -> Result<()> {
-    rustix::fs::sync();
-    fs::write("/proc/sys/vm/drop_caches", "3\n").context("/proc/sys/vm/drop_caches cannot be written")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Scratch, need, require};
+    use crate::{Scratch, drop_caches, need, require};
 
     #[test]
     fn the_third_number_counts_sectors() {

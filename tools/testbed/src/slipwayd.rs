@@ -81,6 +81,13 @@ impl Slipwayd {
         self.dir.join("state")
     }
 
+    /// Where images are mounted now, as EROFS.
+    pub fn images(&self) -> Vec<PathBuf> {
+        let below = self.state().join("mounts");
+        let images = mounts::list().into_iter().filter(|mount| mount.fs_type == "erofs" && mount.mount_point.starts_with(&below));
+        images.map(|mount| mount.mount_point).collect()
+    }
+
     /// What it has logged.
     pub fn log(&self) -> String {
         self.daemon.log()
