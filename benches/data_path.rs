@@ -83,6 +83,10 @@ impl ChunkStore for Far {
         }
         self.near.read(pack, offset, buffer).await
     }
+
+    fn forget(&self, pack: &Digest) {
+        self.near.forget(pack);
+    }
 }
 
 /// One line per unit size and latency: reading in order; and 8 threads reading 32 KiB at random places, with what that made the store give.

@@ -124,6 +124,13 @@ impl Units {
         }
     }
 
+    /// These units were verified in this process when the pack was open before; those that are still stored are Ready. For a pack that nobody
+    /// has yet.
+    pub fn trust(&self, verified: &Presence) {
+        let stored = self.all(|unit, state| state == UNCHECKED && verified.has(unit));
+        (0..self.count()).map(UnitIndex).filter(|unit| stored.has(*unit)).for_each(|unit| self.set(unit, READY));
+    }
+
     /// Whether the unit's bytes can be read from the local file as they are.
     pub fn is_ready(&self, unit: UnitIndex) -> bool {
         // Acquire: what was written to the file before the unit became Ready is seen by whoever sees Ready.

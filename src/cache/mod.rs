@@ -30,7 +30,7 @@ pub mod verify;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use erofs::block::BLOCK_SIZE;
@@ -81,6 +81,7 @@ pub struct Pack {
     units: Units,
     /// Taken on misses and look-ahead only, never by readers of stored units, never across I/O.
     streams: Mutex<Streams>,
+    forgotten: AtomicBool,
 }
 
 impl Pack {
@@ -91,7 +92,7 @@ impl Pack {
         let trusted = matches!(file, PackFile::Kernel { .. });
         let units = Units::new(table.unit_count(), saved, trusted);
         let streams = Mutex::new(Streams::new(table.unit_count(), table.unit_bits()));
-        Pack { id: PackId(NEXT.fetch_add(1, Ordering::Relaxed)), table, file, units, streams }
+        Pack { id: PackId(NEXT.fetch_add(1, Ordering::Relaxed)), table, file, units, streams, forgotten: AtomicBool::new(false) }
     }
 
     /// This pack among all of the process.
@@ -143,6 +144,16 @@ impl Pack {
     pub fn units_in(&self, offset: u64, len: u32) -> Option<Range<u32>> {
         let end = offset.checked_add(u64::from(len)).filter(|&end| len > 0 && end <= self.len())?;
         Some(self.unit_at(offset).0..self.unit_at(end - 1).0 + 1)
+    }
+
+    /// Nobody uses the pack any more. What is still under way for it ends, and keeps nothing open from now on.
+    pub fn forget(&self) {
+        self.forgotten.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`Pack::forget`] was called.
+    pub fn is_forgotten(&self) -> bool {
+        self.forgotten.load(Ordering::Relaxed)
     }
 
     /// What is known of the pack's readers.

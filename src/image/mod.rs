@@ -237,7 +237,7 @@ impl Shared {
         }
         let mut failure = None;
         for lazy in &self.ways.lazy {
-            match self.mount_lazily(lazy.as_ref(), digest, image, packs) {
+            match self.mount_lazily(lazy.as_ref(), digest, image) {
                 Ok(at) => return Ok(at),
                 Err(error) => {
                     tracing::warn!(%chain, way = %lazy.way(), error = error.as_ref() as &dyn std::error::Error, "this backend does not take the image");
@@ -251,10 +251,12 @@ impl Shared {
         }
     }
 
-    fn mount_lazily(&self, lazy: &dyn Lazy, digest: &Digest, image: &mut Mounted, packs: &[Arc<Pack>]) -> Result<PathBuf, Failure> {
+    fn mount_lazily(&self, lazy: &dyn Lazy, digest: &Digest, image: &mut Mounted) -> Result<PathBuf, Failure> {
         let source = {
             let mut users = lock(&self.pack_users);
-            let source = lazy.prepare(digest, &image.metadata, packs)?;
+            // Now that none can be closed: what was found of them before may be. Their tables are local by now.
+            let packs = image.packs.iter().map(|pack| self.engine.pack(pack)).collect::<Result<Vec<_>, _>>()?;
+            let source = lazy.prepare(digest, &image.metadata, &packs)?;
             for pack in &image.packs {
                 *users.entry((lazy.way(), *pack)).or_default() += 1;
             }
@@ -298,20 +300,26 @@ impl Shared {
         Ok(self.mount_dir.discard(&generation.at)?)
     }
 
-    /// A mount of a lazy way with these packs is gone: those in no other mount are released.
+    /// A mount with these packs is gone: those in no other mount of a lazy way are released and closed.
     fn release_packs(&self, way: Way, packs: &[Digest]) {
-        let Some(lazy) = self.ways.lazy.iter().find(|lazy| lazy.way() == way) else { return };
-        let mut users = lock(&self.pack_users);
-        let mut unused = Vec::new();
-        for pack in packs {
-            let count = users.entry((way, *pack)).or_default();
-            *count = count.saturating_sub(1);
-            if *count == 0 {
-                users.remove(&(way, *pack));
-                unused.push(*pack);
+        if let Some(lazy) = self.ways.lazy.iter().find(|lazy| lazy.way() == way) {
+            let mut users = lock(&self.pack_users);
+            let mut unused = Vec::new();
+            for pack in packs {
+                let count = users.entry((way, *pack)).or_default();
+                *count = count.saturating_sub(1);
+                if *count == 0 {
+                    users.remove(&(way, *pack));
+                    unused.push(*pack);
+                }
             }
+            lazy.release(&unused);
         }
-        lazy.release(&unused);
+        // Waits for the disk, so not while others want to mount. Whoever mounts meanwhile gets these very packs, and they are not closed.
+        self.engine.flush_packs(packs);
+        let users = lock(&self.pack_users);
+        let unused: Vec<Digest> = packs.iter().filter(|pack| users.keys().all(|(_, used)| used != *pack)).copied().collect();
+        self.engine.close(&unused);
     }
 }
 

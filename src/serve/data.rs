@@ -97,7 +97,10 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
                         let _ = done.send(());
                     });
                 }
-                Job::Forget(pack) => self.disk.forget(pack),
+                Job::Forget(pack) => {
+                    self.disk.forget(pack.id());
+                    self.store.forget(&pack.digest());
+                }
                 Job::Stop(packs) => {
                     save_last = packs;
                     jobs.close();
@@ -230,7 +233,7 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
     }
 
     fn fetch_window(self: &Rc<Self>, pack: &Arc<Pack>, Window(units): Window, alive: &Alive) {
-        if self.ahead.get() >= AHEAD_BUDGET {
+        if self.ahead.get() >= AHEAD_BUDGET || pack.is_forgotten() {
             return;
         }
         pack.units().mark(UnitIndex(units.start));
@@ -348,10 +351,10 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
     }
 
     /// Reads a run, within the deadline.
-    async fn read_store(&self, pack: &Pack, run: &Run, urgency: Urgency) -> Result<Buffer, ReadError> {
+    async fn read_store(&self, pack: &Arc<Pack>, run: &Run, urgency: Urgency) -> Result<Buffer, ReadError> {
         let started = Instant::now();
         let (store, digest, offset, buffer) = (Rc::clone(&self.store), pack.digest(), run.offset, self.pool.get(run.len));
-        let (reads, ahead_reads) = (Arc::clone(&self.reads), Arc::clone(&self.ahead_reads));
+        let (pack, reads, ahead_reads) = (Arc::clone(pack), Arc::clone(&self.reads), Arc::clone(&self.ahead_reads));
         let read = async move {
             let ahead = match urgency {
                 Urgency::Demand => None,
@@ -361,6 +364,9 @@ impl<S: ChunkStore + 'static, D: Disk + 'static> Data<S, D> {
             // A task of its own: when the deadline passes, the read goes on in the kernel and its permit stays taken until it ends.
             let read = spawn_local(async move {
                 let read = store.read(&digest, offset, buffer).await;
+                if pack.is_forgotten() {
+                    store.forget(&digest);
+                }
                 drop(permit);
                 read
             });

@@ -25,7 +25,7 @@ use uapi::buffer::Pool;
 
 use crate::cache::disk::{Disk, RingDisk};
 use crate::cache::local::{CacheError, LocalCache};
-use crate::cache::{Pack, PackId, UnitIndex};
+use crate::cache::{Pack, Presence, UnitIndex};
 use crate::kernel::{Ask, Errno, Serve};
 use crate::metrics::Metrics;
 use crate::store::chunks::{ChunkStore, StoreHandle, UfsChunks};
@@ -102,7 +102,7 @@ enum Job {
     /// Save these packs' maps; then send.
     Save(Vec<Arc<Pack>>, sync::Sender<()>),
     /// Close files.
-    Forget(PackId),
+    Forget(Arc<Pack>),
     /// Finish what is under way, then save these packs' maps.
     Stop(Vec<Arc<Pack>>),
 }
@@ -129,6 +129,8 @@ pub struct Engine {
     /// Whose turn it is: asks go to the data threads in turn.
     turn: AtomicUsize,
     packs: Arc<Mutex<HashMap<Digest, Arc<Pack>>>>,
+    /// Units of closed packs that were verified in this process, for when they are opened again. Taken under `packs` only.
+    verified: Mutex<HashMap<Digest, Presence>>,
     source: Option<Source>,
     metrics: Arc<Metrics>,
     deadline: Duration,
@@ -203,6 +205,7 @@ impl Engine {
             threads,
             turn: AtomicUsize::new(0),
             packs: Arc::default(),
+            verified: Mutex::default(),
             source,
             metrics,
             deadline: limits.deadline,
@@ -215,7 +218,7 @@ impl Engine {
     }
 
     /// The pack of this name, ready to be attached to a backend. Reads footer and unit table from the local copy, or else from the store:
-    /// blocking, so not for a gRPC handler. The same value for as long as the engine lives.
+    /// blocking, so not for a gRPC handler. The same value until [`Engine::close`].
     pub fn pack(&self, digest: &Digest) -> Result<Arc<Pack>, ServeError> {
         if let Some(pack) = self.packs().get(digest) {
             return Ok(Arc::clone(pack));
@@ -228,19 +231,26 @@ impl Engine {
             return Ok(Arc::clone(pack));
         }
         let pack = Arc::new(source.cache.pack(table)?);
+        if let Some(verified) = self.verified().remove(digest) {
+            pack.units().trust(&verified);
+        }
         packs.insert(*digest, Arc::clone(&pack));
         Ok(pack)
     }
 
-    /// Saves what is known of a pack and closes its files, once nothing refers to it any more. To be called when no backend has it
-    /// attached; blocks like [`Engine::flush`].
-    pub fn close(&self, digest: &Digest) {
-        let Some(pack) = self.packs().remove(digest) else { return };
-        self.save(vec![Arc::clone(&pack)]);
-        self.forget(&pack);
+    /// Lets go of packs that no backend has attached: their files are closed once nothing is under way for them. To be called after
+    /// [`Engine::flush_packs`], as what is not saved is fetched again. Does not block.
+    pub fn close(&self, digests: &[Digest]) {
+        for digest in digests {
+            let mut packs = self.packs();
+            let Some(pack) = packs.remove(digest) else { continue };
+            self.verified().insert(*digest, pack.units().durable());
+            drop(packs);
+            self.forget(&pack);
+        }
     }
 
-    /// Whether every unit of the pack is in the local file and durable, so that [`Engine::local_file`] can be mounted directly.
+    /// Whether every unit of the pack is in the local file, durable and verified since this process began, so that [`Engine::local_file`] can be mounted directly.
     pub fn is_complete(&self, pack: &Pack) -> bool {
         pack.units().all_durable()
     }
@@ -253,6 +263,15 @@ impl Engine {
     /// Makes everything stored so far durable and its presence known to the next worker. Blocks, at most for [`DEADLINE`].
     pub fn flush(&self) {
         let packs = changed(&self.packs());
+        self.save(packs);
+    }
+
+    /// As [`Engine::flush`], for these packs only.
+    pub fn flush_packs(&self, digests: &[Digest]) {
+        let packs = {
+            let packs = self.packs();
+            digests.iter().filter_map(|digest| packs.get(digest).cloned()).collect()
+        };
         self.save(packs);
     }
 
@@ -283,6 +302,10 @@ impl Engine {
         self.packs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn verified(&self) -> MutexGuard<'_, HashMap<Digest, Presence>> {
+        self.verified.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn send(&self, job: Job) {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed) % self.threads.len();
         if let Err(mpsc::error::SendError(Job::Ask(ask))) = self.threads[turn].jobs.send(job) {
@@ -301,9 +324,11 @@ impl Serve for Engine {
     }
 
     fn forget(&self, pack: &Arc<Pack>) {
+        // Before the jobs: what a thread opens before it does its job is closed by it, what it opens afterwards is not kept.
+        pack.forget();
         for thread in &self.threads {
             // A thread that has ended has closed everything.
-            let _ = thread.jobs.send(Job::Forget(pack.id()));
+            let _ = thread.jobs.send(Job::Forget(Arc::clone(pack)));
         }
     }
 

@@ -20,6 +20,9 @@ use super::{Name, Store, StoreError};
 pub trait ChunkStore {
     /// Fills `buffer` from `offset` of the pack file. Gives exactly that many bytes, unverified, or an error.
     async fn read(&self, pack: &Digest, offset: u64, buffer: Buffer) -> Result<Buffer, ChunkError>;
+
+    /// Closes what is kept open of a pack that is not used any more. Should it be read again, it is opened again.
+    fn forget(&self, pack: &Digest);
 }
 
 /// Bytes of a pack cannot be had from the store now. Trying again may help in both cases.
@@ -122,6 +125,10 @@ impl ChunkStore for UfsChunks {
         let (result, buffer) = self.open(pack).await?.read_exact_at(buffer, offset).await;
         result.map(|()| buffer).map_err(|source| self.unread(pack, offset, len, source))
     }
+
+    fn forget(&self, pack: &Digest) {
+        self.files.borrow_mut().remove(pack);
+    }
 }
 
 /// What can go wrong with a read of a [`FakeChunks`].
@@ -211,6 +218,8 @@ impl ChunkStore for FakeChunks {
         }
         Ok(buffer)
     }
+
+    fn forget(&self, _pack: &Digest) {}
 }
 
 #[cfg(test)]
@@ -249,6 +258,9 @@ mod tests {
             for (offset, len) in [(0, 1), (4096, 5000), (0, file.len()), (file.len() - 1, 1)] {
                 assert_eq!(read(&chunks, &pack, offset as u64, len).await.as_deref(), Ok(&file[offset..offset + len]));
             }
+            assert_eq!(chunks.files.borrow().len(), 1);
+            chunks.forget(&pack);
+            assert_eq!(chunks.files.borrow().len(), 0);
             assert_eq!(read(&chunks, &pack, 1, file.len()).await, Err("read"), "one byte too far");
             fs::remove_file(&path).unwrap();
             assert_eq!(read(&chunks, &pack, 0, 1).await, Err("open"), "opened anew after the error");

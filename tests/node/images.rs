@@ -167,6 +167,34 @@ fn complete_packs_are_mounted_directly_beside_the_lazy_mount() {
     worker.end();
 }
 
+/// Files below these directories that this process has open.
+fn open_below(dirs: &[PathBuf]) -> usize {
+    let open = fs::read_dir("/proc/self/fd").expect("the open files").filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+    open.filter(|path| dirs.iter().any(|dir| path.starts_with(dir))).count()
+}
+
+#[test]
+fn a_released_image_keeps_no_file_open_and_what_was_verified_stays_known() {
+    require_kernel!();
+    let world = World::new("images-closed");
+    let worker = world.worker();
+    let (serve, dirs) = (world.scratch.join("cache/serve"), [world.scratch.join("cache"), world.scratch.join("store/packs")]);
+    for _ in 0..2 {
+        let at = worker.images.mount(&world.chain).expect("mounted");
+        assert_content(&at);
+        assert!(open_below(&dirs) > 0);
+        worker.images.release(&world.chain);
+        world.wait_until_unmounted();
+        wait_until("the packs' files are closed", PATIENCE, || Ok((open_below(&dirs) == 0).then_some(()))).expect("nothing uses them");
+    }
+    for pack in fs::read_dir(serve).expect("the local files") {
+        let name = pack.expect("a name").file_name().into_string().expect("a digest");
+        let pack = worker.engine.pack(&name.parse().expect("a digest")).expect("a pack");
+        assert!(worker.engine.is_complete(&pack), "it was read in this worker's life");
+    }
+    worker.end();
+}
+
 #[test]
 fn the_next_worker_finds_images_and_unmounts_those_not_in_use() {
     require_kernel!();
