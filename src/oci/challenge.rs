@@ -1,8 +1,17 @@
-//! `WWW-Authenticate: Bearer …`, where a registry says who gives out tokens.
+//! `WWW-Authenticate`, where a registry says how to log in.
 
-/// A bearer challenge (RFC 6750 §3, distribution `docs/spec/auth/token.md`).
+/// How a registry wants to know who is asking.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Challenge {
+pub enum Challenge {
+    /// With a token (RFC 6750 §3, distribution `docs/spec/auth/token.md`).
+    Bearer(Bearer),
+    /// With name and password (RFC 7617).
+    Basic,
+}
+
+/// Who gives out tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Bearer {
     /// URL of the token service.
     pub realm: String,
     /// Name the token service knows the registry by.
@@ -12,15 +21,15 @@ pub struct Challenge {
 }
 
 impl Challenge {
-    /// The first bearer challenge with a realm among the values of the header.
+    /// The challenge to answer among the values of the header: the first for a token that has a realm, else one for a password.
     pub fn in_headers<'a>(values: impl IntoIterator<Item = &'a str>) -> Option<Challenge> {
-        values.into_iter().find_map(Challenge::parse)
+        let all: Vec<Challenge> = values.into_iter().flat_map(Challenge::parse).collect();
+        all.iter().find(|challenge| matches!(challenge, Challenge::Bearer(_))).or(all.first()).cloned()
     }
 
-    /// The bearer challenge in one header value, which may hold several challenges (RFC 9110 §11.6.1).
-    pub fn parse(value: &str) -> Option<Challenge> {
-        let mut found: Option<Challenge> = None;
-        let mut in_bearer = false;
+    /// The challenges of one header value (RFC 9110 §11.6.1) that can be answered.
+    pub fn parse(value: &str) -> Vec<Challenge> {
+        let mut found = Vec::new();
         let mut rest = value;
         loop {
             rest = rest.trim_start_matches([' ', '\t', ',']);
@@ -30,27 +39,26 @@ impl Challenge {
             let (word, after) = rest.split_at(rest.find([' ', '\t', ',', '=']).unwrap_or(rest.len()));
             // "name=value" is a parameter, a bare word starts the next challenge.
             let Some(after) = after.trim_start().strip_prefix('=') else {
-                if found.is_some() {
-                    break;
-                }
-                in_bearer = word.eq_ignore_ascii_case("bearer");
+                found.push(match word.to_ascii_lowercase().as_str() {
+                    "bearer" => Some(Challenge::Bearer(Bearer::default())),
+                    "basic" => Some(Challenge::Basic),
+                    _ => None,
+                });
                 rest = after;
                 continue;
             };
             let (value, after) = parse_value(after.trim_start());
             rest = after;
-            if !in_bearer {
-                continue;
-            }
-            let challenge = found.get_or_insert(Challenge { realm: String::new(), service: None, scope: None });
+            let Some(Some(Challenge::Bearer(bearer))) = found.last_mut() else { continue };
             match word.to_ascii_lowercase().as_str() {
-                "realm" => challenge.realm = value,
-                "service" => challenge.service = Some(value),
-                "scope" => challenge.scope = Some(value),
+                "realm" => bearer.realm = value,
+                "service" => bearer.service = Some(value),
+                "scope" => bearer.scope = Some(value),
                 _ => {}
             }
         }
-        found.filter(|challenge| !challenge.realm.is_empty())
+        let complete = |challenge: &Challenge| !matches!(challenge, Challenge::Bearer(bearer) if bearer.realm.is_empty());
+        found.into_iter().flatten().filter(complete).collect()
     }
 }
 
@@ -88,22 +96,33 @@ mod tests {
             (r#"Basic realm="r", Bearer realm="https://a/t",scope="a b""#, Some(("https://a/t", None, Some("a b")))),
             (r#"Bearer realm="https://a/t", Basic realm="r""#, Some(("https://a/t", None, None))),
             (r#"Bearer REALM = "https://a/\"t""#, Some(("https://a/\"t", None, None))),
-            (r#"Basic realm="r""#, None),
+            (r#"Negotiate abc==, Bearer realm="https://a""#, Some(("https://a", None, None))),
             ("Bearer", None),
             (r#"Bearer service="s""#, None),
             (r#"Bearer realm=""#, None),
             ("", None),
         ] {
-            let found = Challenge::parse(value);
+            let found = match Challenge::in_headers([value]) {
+                Some(Challenge::Bearer(bearer)) => Some(bearer),
+                _ => None,
+            };
             let found = found.as_ref().map(|c| (c.realm.as_str(), c.service.as_deref(), c.scope.as_deref()));
             assert_eq!(found, expected, "{value}");
         }
     }
 
     #[test]
-    fn several_headers_are_searched() {
-        assert!(Challenge::in_headers(["Basic realm=x", "Bearer realm=https://a"]).is_some());
-        assert!(Challenge::in_headers([]).is_none());
+    fn a_token_is_preferred_to_a_password_in_any_header() {
+        for (values, bearer) in [
+            (&["Basic realm=x", "Bearer realm=https://a"][..], Some(true)),
+            (&["BASIC realm=\"x\""], Some(false)),
+            (&["Basic realm=\"x\", Bearer service=s"], Some(false)),
+            (&["Digest realm=\"x\""], None),
+            (&[], None),
+        ] {
+            let found = Challenge::in_headers(values.iter().copied());
+            assert_eq!(found.map(|c| matches!(c, Challenge::Bearer(_))), bearer, "{values:?}");
+        }
     }
 
     proptest! {

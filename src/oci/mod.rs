@@ -3,8 +3,9 @@
 //! [`Source`] is the entrance: it finds the manifest for a platform, verifies manifest and configuration, and opens layers as
 //! streams of compressed bytes. What a stream carries is untrusted until a [`VerifyReader`] has seen its end.
 //!
-//! Low to high: [`digest`], [`reference`], [`platform`], [`verify`], [`manifest`], then the two places an image can be:
-//! [`registry`] (with [`challenge`] and [`blob`]) and [`layout`], and [`source`] over both.
+//! Low to high: [`digest`], [`reference`], [`platform`], [`verify`], [`manifest`], then the places an image can be, and [`source`] over
+//! all of them. A [`registry`] is one or more endpoints (from [`hosts`]), each of them HTTP requests with [`tls`] and, when a
+//! [`challenge`] asks for it, a [`login`]; a [`blob`] is a download that survives broken ones. A [`layout`] is a directory.
 
 use std::io;
 use std::path::PathBuf;
@@ -14,15 +15,28 @@ pub mod reference;
 pub mod platform;
 pub mod verify;
 pub mod manifest;
+mod tries;
+pub mod login;
+pub mod access;
+pub mod tls;
+pub mod hosts;
 pub mod challenge;
+mod endpoint;
+mod auth;
 pub mod registry;
 pub mod blob;
 pub mod layout;
 pub mod source;
 #[cfg(test)]
+mod odd_logins;
+#[cfg(test)]
+mod odd_mirrors;
+#[cfg(test)]
 mod odd_registry;
 
+pub use access::Access;
 pub use digest::{ChainId, DiffId, Sha256, chain_ids};
+pub use login::Logins;
 pub use platform::Platform;
 pub use reference::Reference;
 pub use source::{Source, SourceImage, SourceLayer};
@@ -57,10 +71,8 @@ pub enum OciError {
         /// The platforms there are.
         available: Vec<String>,
     },
-    /// The registry wants a login for this.
-    #[error(
-        "{host} refuses anonymous access to {what} (HTTP status {status}): images are read without login, so make the repository public or check its name"
-    )]
+    /// The registry wants a login for this, or another one.
+    #[error("{host} refuses {what} (HTTP status {status}) {login}")]
     Denied {
         /// Registry host.
         host: String,
@@ -68,10 +80,48 @@ pub enum OciError {
         what: String,
         /// Its answer.
         status: u16,
+        /// As whom it was asked, where that login comes from, and what to do.
+        login: String,
+    },
+    /// A login that other tools keep cannot be had.
+    #[error("cannot get the login for {host} from {origin}: {reason}")]
+    Login {
+        /// Registry host.
+        host: String,
+        /// File or helper.
+        origin: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file of containerd's that names a registry's hosts is wrong.
+    #[error("{}{}: {reason}", .path.display(), .line.map(|line| format!(", line {line}")).unwrap_or_default())]
+    HostsFile {
+        /// The file.
+        path: PathBuf,
+        /// Where in it.
+        line: Option<usize>,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file of certificates cannot be used.
+    #[error("cannot use the certificate {}: {reason}", .path.display())]
+    Certificate {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Neither a mirror nor the registry helped.
+    #[error("no host gave {what}:{}", each(.errors))]
+    EveryHost {
+        /// Manifest or blob with its name.
+        what: String,
+        /// Every host asked, in order, with its own reason.
+        errors: Vec<(String, OciError)>,
     },
     /// No answer from the registry, or none that ended.
     #[error(
-        "no usable answer from {host} for {what}, tried {tries} times: check the host name, the network and, for a registry without TLS, --plain-http"
+        "no usable answer from {host} for {what}, tried {tries} times: check the host name, the network, its certificate (--ca) and, for a registry without TLS, --plain-http"
     )]
     Unreachable {
         /// Host (of the registry, or where it sent us).
@@ -141,4 +191,18 @@ pub enum OciError {
         #[source]
         source: reqwest::Error,
     },
+}
+
+/// A line for each host, with everything that led to its failure.
+fn each(errors: &[(String, OciError)]) -> String {
+    let line = |(host, error): &(String, OciError)| {
+        let mut line = format!("\n  {host}: {error}");
+        let mut cause = std::error::Error::source(error);
+        while let Some(source) = cause {
+            line.push_str(&format!(": {source}"));
+            cause = source.source();
+        }
+        line
+    };
+    errors.iter().map(line).collect()
 }

@@ -8,12 +8,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::source::SourceImage;
-use super::{DiffId, OciError, Platform, Sha256, Source, VerifyError, VerifyReader};
+use super::{Access, ChainId, DiffId, OciError, Platform, Sha256, Source, SourceLayer, VerifyError, VerifyReader};
 
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// What a handler does with one request.
-enum Reply {
+pub(super) enum Reply {
     /// Status, extra headers, body; Content-Length is added.
     Whole(u16, String, Vec<u8>),
     /// Announces the body's length, sends only so many bytes of it and breaks the connection.
@@ -26,29 +26,31 @@ enum Reply {
 
 /// A request as far as registries look at it.
 #[derive(Clone, Debug)]
-struct Request {
-    path: String,
-    headers: Vec<String>,
+pub(super) struct Request {
+    pub method: String,
+    pub path: String,
+    pub headers: Vec<String>,
+    pub body: String,
 }
 
 impl Request {
-    fn header(&self, name: &str) -> Option<&str> {
+    pub(super) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find_map(|h| h.split_once(": ").filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v))
     }
 
-    fn range_start(&self) -> usize {
+    pub(super) fn range_start(&self) -> usize {
         self.header("range").map_or(0, |r| r.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap())
     }
 }
 
 /// The server: its port and the log of requests.
-struct Server {
-    port: u16,
-    log: Arc<Mutex<Vec<Request>>>,
+pub(super) struct Server {
+    pub port: u16,
+    pub log: Arc<Mutex<Vec<Request>>>,
 }
 
 impl Server {
-    async fn start(mut handler: impl FnMut(&Request) -> Reply + Send + 'static) -> Server {
+    pub(super) async fn start(mut handler: impl FnMut(&Request) -> Reply + Send + 'static) -> Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let log = Arc::new(Mutex::new(Vec::new()));
@@ -63,12 +65,16 @@ impl Server {
         server
     }
 
-    fn requests(&self) -> Vec<String> {
+    pub(super) fn requests(&self) -> Vec<String> {
         self.log.lock().unwrap().iter().map(|r| r.path.clone()).collect()
     }
 
     fn source(&self) -> Source {
-        Source::parse(&format!("127.0.0.1:{}/team/app:1", self.port), false).unwrap()
+        self.source_with(&Access::default())
+    }
+
+    pub(super) fn source_with(&self, access: &Access) -> Source {
+        Source::parse(&format!("127.0.0.1:{}/team/app:1", self.port), access).unwrap()
     }
 }
 
@@ -79,8 +85,13 @@ async fn read_request(stream: &mut TcpStream) -> Option<Request> {
     }
     let text = String::from_utf8(bytes).unwrap();
     let mut lines = text.lines();
-    let path = lines.next()?.split(' ').nth(1)?.to_owned();
-    Some(Request { path, headers: lines.map(str::to_owned).collect() })
+    let mut words = lines.next()?.split(' ').map(str::to_owned);
+    let (method, path) = (words.next()?, words.next()?);
+    let mut request = Request { method, path, headers: lines.map(str::to_owned).collect(), body: String::new() };
+    let mut body = vec![0; request.header("content-length").map_or(0, |length| length.parse().unwrap())];
+    stream.read_exact(&mut body).await.ok()?;
+    request.body = String::from_utf8(body).unwrap();
+    Some(request)
 }
 
 async fn send(mut stream: TcpStream, reply: Reply) {
@@ -104,14 +115,14 @@ async fn send(mut stream: TcpStream, reply: Reply) {
 
 /// An image of one layer whose blob is `layer`.
 #[derive(Clone)]
-struct Sample {
-    manifest: Vec<u8>,
-    config: Vec<u8>,
-    layer: Vec<u8>,
+pub(super) struct Sample {
+    pub manifest: Vec<u8>,
+    pub config: Vec<u8>,
+    pub layer: Vec<u8>,
 }
 
 impl Sample {
-    fn new() -> Sample {
+    pub(super) fn new() -> Sample {
         let layer: Vec<u8> = (0..200_000u32).flat_map(|i| i.to_le_bytes()).collect();
         let host = Platform::host();
         let config = json!({"os": host.os, "architecture": host.architecture,
@@ -126,12 +137,17 @@ impl Sample {
         Sample { manifest, config, layer }
     }
 
-    fn layer_path(&self) -> String {
+    pub(super) fn source_layer(&self) -> SourceLayer {
+        let digest = Sha256::of(&self.layer);
+        SourceLayer { digest, size: self.layer.len() as u64, media_type: String::new(), diff_id: DiffId(digest), chain_id: ChainId(digest) }
+    }
+
+    pub(super) fn layer_path(&self) -> String {
         format!("/v2/team/app/blobs/{}", Sha256::of(&self.layer).oci())
     }
 
     /// What a good registry answers.
-    fn reply(&self, request: &Request) -> Reply {
+    pub(super) fn reply(&self, request: &Request) -> Reply {
         let config_path = format!("/v2/team/app/blobs/{}", Sha256::of(&self.config).oci());
         if request.path == "/v2/team/app/manifests/1" {
             let digest = Sha256::of(&self.manifest).oci();
@@ -158,14 +174,11 @@ async fn resolve(server: &Server) -> Result<SourceImage, OciError> {
 
 /// Reads the layer through verification, as the converter does.
 async fn read_layer(server: &Server, sample: &Sample) -> std::io::Result<Vec<u8>> {
-    let source = server.source();
-    let layer = super::SourceLayer {
-        digest: Sha256::of(&sample.layer),
-        size: sample.layer.len() as u64,
-        media_type: String::new(),
-        diff_id: DiffId(Sha256::of(&sample.layer)),
-        chain_id: super::ChainId(Sha256::of(&sample.layer)),
-    };
+    read_layer_of(&server.source(), sample).await
+}
+
+pub(super) async fn read_layer_of(source: &Source, sample: &Sample) -> std::io::Result<Vec<u8>> {
+    let layer = sample.source_layer();
     let stream = source.open_layer(&layer).await.map_err(std::io::Error::other)?;
     let bridge = tokio_util::io::SyncIoBridge::new(stream);
     tokio::task::spawn_blocking(move || {
@@ -176,7 +189,7 @@ async fn read_layer(server: &Server, sample: &Sample) -> std::io::Result<Vec<u8>
     .unwrap()
 }
 
-fn oci_error(error: &std::io::Error) -> &OciError {
+pub(super) fn oci_error(error: &std::io::Error) -> &OciError {
     error.get_ref().and_then(|e| e.downcast_ref()).unwrap_or_else(|| panic!("not an OciError: {error:?}"))
 }
 
@@ -214,7 +227,7 @@ async fn failures_that_stay_name_the_host_the_thing_and_the_status() {
         (|| Reply::Whole(503, String::new(), b"down for\x1b[31m repair".to_vec()), 5, &["503", "5 tries", "down for [31m repair"]),
         (|| Reply::Whole(400, String::new(), Vec::new()), 1, &["400"]),
         (|| Reply::Whole(404, String::new(), Vec::new()), 1, &["no manifest 1 of team/app"]),
-        (|| Reply::Whole(401, String::new(), Vec::new()), 1, &["401", "without login"]),
+        (|| Reply::Whole(401, String::new(), Vec::new()), 1, &["401", "without asking for a login"]),
         (|| Reply::Whole(429, "Retry-After: 3600\r\n".to_owned(), Vec::new()), 1, &["429"]),
         (|| Reply::Hangup, 5, &["no usable answer", "5 times"]),
     ];
@@ -231,7 +244,7 @@ async fn failures_that_stay_name_the_host_the_thing_and_the_status() {
 #[tokio::test]
 async fn an_unreachable_registry_is_named() {
     let dead = testbed::DeadAddress::new().unwrap();
-    let error = Source::parse(&format!("{}/app", dead.host()), false).unwrap().resolve(&Platform::host()).await.unwrap_err();
+    let error = Source::parse(&format!("{}/app", dead.host()), &Access::default()).unwrap().resolve(&Platform::host()).await.unwrap_err();
     assert!(matches!(&error, OciError::Unreachable { host, .. } if *host == dead.host()), "{error:?}");
 }
 

@@ -4,13 +4,14 @@ use std::path::Path;
 
 use oci_spec::image::Descriptor;
 
+use super::OciError;
+use super::access::Access;
 pub use super::blob::BlobStream;
 use super::digest::{ChainId, DiffId, Sha256};
 use super::layout::{self, Layout};
 use super::manifest::{self, Document, MAX_CONFIG, MAX_MANIFEST};
 use super::platform::Platform;
 use super::registry::Registry;
-use super::{OciError, verify};
 
 /// Indexes that lead to indexes: layout index, image index, and one more for tools that wrap once again.
 const MAX_DEPTH: usize = 4;
@@ -58,12 +59,12 @@ pub struct SourceLayer {
 
 impl Source {
     /// What `text` names: `oci:DIR[:TAG]`, `docker://REFERENCE`, a directory that is an OCI layout (its presence is looked up),
-    /// or a reference. `plain_http` allows HTTP without TLS to hosts other than this machine.
-    pub fn parse(text: &str, plain_http: bool) -> Result<Source, OciError> {
+    /// or a reference. `access` says how registries are reached.
+    pub fn parse(text: &str, access: &Access) -> Result<Source, OciError> {
         let is_layout = |dir: &str| Path::new(dir).join(layout::MARKER).is_file();
         match Spelling::of(text, is_layout) {
             Spelling::Layout { dir, tag } => Layout::new(Path::new(dir), tag).map(Source::Layout),
-            Spelling::Reference(reference) => Registry::new(reference.parse()?, plain_http).map(Source::Registry),
+            Spelling::Reference(reference) => Registry::new(reference.parse()?, access).map(Source::Registry),
         }
     }
 
@@ -114,6 +115,14 @@ impl Source {
         }
     }
 
+    /// What a layer's stream gave was not its blob. `true`: opening it again asks another host.
+    pub fn was_wrong(&self, layer: &SourceLayer) -> bool {
+        match self {
+            Source::Registry(registry) => registry.was_wrong(layer.digest),
+            Source::Layout(_) => false,
+        }
+    }
+
     /// The host or directory, for messages.
     pub fn place(&self) -> String {
         match self {
@@ -126,10 +135,7 @@ impl Source {
         match self {
             Source::Registry(registry) => {
                 let reference = registry.reference();
-                let fetched = registry.manifest(&reference.target()).await?;
-                if let Some(digest) = reference.digest() {
-                    self.verify(&format!("the manifest of {reference}"), digest, None, &fetched.bytes)?;
-                }
+                let fetched = registry.manifest(&reference.target(), reference.digest().map(|digest| (digest, None))).await?;
                 Ok((fetched.media_type, fetched.bytes))
             }
             Source::Layout(layout) => self.manifest(&layout.entry(platform).await?).await,
@@ -141,11 +147,7 @@ impl Source {
         let digest = manifest::digest_of(&self.name(), entry)?;
         let what = format!("manifest {} of {}", digest.oci(), self.name());
         let bytes = match self {
-            Source::Registry(registry) => {
-                let fetched = registry.manifest(&digest.oci()).await?;
-                self.verify(&what, digest, Some(entry.size()), &fetched.bytes)?;
-                fetched.bytes
-            }
+            Source::Registry(registry) => registry.manifest(&digest.oci(), Some((digest, Some(entry.size())))).await?.bytes,
             Source::Layout(layout) => layout.blob_bytes(&what, digest, entry.size(), MAX_MANIFEST).await?,
         };
         Ok((Some(entry.media_type().to_string()), bytes))
@@ -155,18 +157,9 @@ impl Source {
         let digest = manifest::digest_of(&self.name(), entry)?;
         let what = format!("configuration {} of {}", digest.oci(), self.name());
         match self {
-            Source::Registry(registry) => {
-                let bytes = registry.blob_bytes(digest, MAX_CONFIG).await?;
-                self.verify(&what, digest, Some(entry.size()), &bytes)?;
-                Ok(bytes)
-            }
+            Source::Registry(registry) => registry.blob_bytes((digest, Some(entry.size())), MAX_CONFIG).await,
             Source::Layout(layout) => layout.blob_bytes(&what, digest, entry.size(), MAX_CONFIG).await,
         }
-    }
-
-    fn verify(&self, what: &str, digest: Sha256, size: Option<u64>, bytes: &[u8]) -> Result<(), OciError> {
-        let damaged = |source| OciError::Damaged { place: self.place(), what: what.to_owned(), source: Box::new(source) };
-        verify::verify_bytes(what, digest, size, bytes).map_err(damaged)
     }
 }
 

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::thread::available_parallelism;
 
 use clap::{Args, Parser, Subcommand};
-use slipway::oci::Platform;
+use slipway::oci::access::{CONTAINERD_CERTS, DOCKER_CERTS};
+use slipway::oci::{Access, Logins, Platform};
 
 /// Convert OCI images into a Slipway store, and look at what is in one.
 #[derive(Debug, Parser)]
@@ -92,9 +93,15 @@ pub struct SourceArgs {
     /// Platform to take from an image for several [default: this machine's; for check, that of the converted image]
     #[arg(long, value_name = "OS/ARCH")]
     pub platform: Option<Platform>,
-    /// Use HTTP without TLS also for a registry that is not on this machine
+    /// Use HTTP without TLS also for a registry that is not on this machine; logins are then sent unencrypted too
     #[arg(long)]
     pub plain_http: bool,
+    /// CA certificates (PEM) to believe beside the system's; may be given several times
+    #[arg(long, value_name = "FILE")]
+    pub ca: Vec<PathBuf>,
+    /// Directory of hosts.toml files and certificates, as containerd has it [default: /etc/containerd/certs.d, if it exists]
+    #[arg(long, value_name = "DIR")]
+    pub hosts_dir: Option<PathBuf>,
 }
 
 /// Which store.
@@ -111,6 +118,19 @@ pub struct OutputArgs {
     /// Print the result as one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+impl SourceArgs {
+    /// How registries are reached: as the arguments and this machine's files say.
+    pub fn access(&self) -> Access {
+        Access {
+            plain_http: self.plain_http,
+            ca: self.ca.clone(),
+            hosts_dir: self.hosts_dir.clone().or_else(|| Some(CONTAINERD_CERTS.into())),
+            docker_certs: Some(DOCKER_CERTS.into()),
+            logins: Logins::of_environment(|name| std::env::var_os(name)),
+        }
+    }
 }
 
 impl Convert {

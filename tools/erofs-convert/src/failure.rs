@@ -202,14 +202,7 @@ impl Failure {
     /// The process's exit code; stable, listed in `--help`.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Failure::Source(error) => match &**error {
-                OciError::BadReference { .. } => 2,
-                OciError::NotFound { .. } | OciError::MissingPlatform { .. } => 3,
-                OciError::Denied { .. } => 4,
-                OciError::Unreachable { .. } | OciError::Status { .. } => 5,
-                OciError::Damaged { .. } => 6,
-                OciError::Malformed { .. } | OciError::Unsupported { .. } | OciError::Layout { .. } | OciError::Client { .. } => 1,
-            },
+            Failure::Source(error) => source_exit_code(error),
             Failure::Store(StoreError::NoOpenat2 { .. }) => 7,
             Failure::Store(StoreError::Damaged { .. }) | Failure::Damaged { .. } | Failure::Metadata { .. } | Failure::Differs { .. } => 6,
             Failure::NotConverted { .. } => 3,
@@ -228,5 +221,23 @@ impl Failure {
             cause = error.source();
         }
         text
+    }
+}
+
+fn source_exit_code(error: &OciError) -> u8 {
+    match error {
+        OciError::BadReference { .. } => 2,
+        OciError::NotFound { .. } | OciError::MissingPlatform { .. } => 3,
+        OciError::Denied { .. } | OciError::Login { .. } => 4,
+        OciError::Unreachable { .. } | OciError::Status { .. } => 5,
+        OciError::Damaged { .. } => 6,
+        // What the registry itself said counts; the last host is the registry, unless that was found to be down before.
+        OciError::EveryHost { errors, .. } => errors.last().map_or(1, |(_, error)| source_exit_code(error)),
+        OciError::Malformed { .. }
+        | OciError::Unsupported { .. }
+        | OciError::Layout { .. }
+        | OciError::HostsFile { .. }
+        | OciError::Certificate { .. }
+        | OciError::Client { .. } => 1,
     }
 }

@@ -4,7 +4,7 @@ use erofs::digest::Digest;
 use erofs::image::{self, Image};
 use erofs::meta::PackRef;
 use serde_json::{Value, json};
-use slipway::oci::{Sha256, Source};
+use slipway::oci::{Access, Sha256, Source};
 use slipway::store::{ImageRoot, Name, Store};
 
 use crate::failure::Failure;
@@ -25,7 +25,7 @@ pub fn images(store: &Store) -> Result<Vec<ImageRoot>, Failure> {
 /// The image called `name`: a source as it was given to `convert`, or the digest of a manifest.
 pub fn find(store: &Store, name: &str) -> Result<ImageRoot, Failure> {
     // What is no source may still be a digest.
-    let source = Source::parse(name, false).map(|source| source.name()).ok();
+    let source = Source::parse(name, &Access::default()).map(|source| source.name()).ok();
     let digest: Option<Sha256> = name.parse().ok();
     let matches = |image: &ImageRoot| image.source == name || Some(&image.source) == source.as_ref() || Some(image.manifest) == digest;
     let mut found: Vec<ImageRoot> = images(store)?.into_iter().filter(matches).collect();

@@ -50,7 +50,7 @@ fn run(command: Command, runtime: &tokio::runtime::Handle) -> Result<(), Failure
     let context = Context { runtime, stop: &stop, progress: &progress };
     let (text, json) = match command {
         Command::Convert(args) => {
-            let source = Source::parse(&args.source.source, args.source.plain_http)?;
+            let source = Source::parse(&args.source.source, &args.source.access())?;
             let platform = args.source.platform.clone().unwrap_or_else(Platform::host);
             let (state, key, jobs) = (args.state_dir(), args.key_file(), args.jobs());
             let done = convert(&context, &Options { source, platform, store: args.store.store, state, key, jobs })?;
@@ -71,7 +71,7 @@ fn run(command: Command, runtime: &tokio::runtime::Handle) -> Result<(), Failure
             // What was converted is compared, whatever this machine is.
             let converted = root.platform.parse().unwrap_or_else(|_| Platform::host());
             let platform = source.platform.clone().unwrap_or(converted);
-            let source = Source::parse(&source.source, source.plain_http)?;
+            let source = Source::parse(&source.source, &source.access())?;
             let differences = check::check(&context, &store, &root, &source, &platform)?;
             print(&check::text(&differences), output.json.then(|| check::json(&differences)))?;
             return verdict(root.source, &differences);

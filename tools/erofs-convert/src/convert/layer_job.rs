@@ -40,14 +40,22 @@ impl LayerJob<'_> {
     /// Converts layer `number` and puts it into the store.
     pub(super) fn run(&self, number: usize, layer: &SourceLayer) -> Result<Finished, Failure> {
         let title = format!("layer {number}/{} {}", self.image.layers.len(), &layer.digest.to_string()[..12]);
-        let progress = self.context.progress.layer(title, layer.size);
-        let blob = stop::wait(self.context.runtime, self.stop, self.source.open_layer(layer))??;
-        let advance = |more| progress.advance(more);
-        let blob = StoppableReader::new(blob, self.context.runtime, self.stop, &advance);
-        let mut sink = StoreSink { store: self.store, leftovers: self.leftovers, finished: Vec::new() };
-        let tree = self.read(number, layer, blob, &mut sink)?;
+        let (tree, packs, progress) = loop {
+            let progress = self.context.progress.layer(title.clone(), layer.size);
+            let blob = stop::wait(self.context.runtime, self.stop, self.source.open_layer(layer))??;
+            let advance = |more| progress.advance(more);
+            let blob = StoppableReader::new(blob, self.context.runtime, self.stop, &advance);
+            let mut sink = StoreSink { store: self.store, leftovers: self.leftovers, finished: Vec::new() };
+            match self.read(number, layer, blob, &mut sink) {
+                Ok(tree) => break (tree, sink.finished, progress),
+                Err(Failure::Damaged { .. }) if self.source.was_wrong(layer) => {
+                    self.context.progress.say(&format!("{title}: wrong bytes, asking another host"));
+                }
+                Err(failure) => return Err(failure),
+            }
+        };
         // Both digests are right from here on.
-        for (temp, name) in sink.finished {
+        for (temp, name) in packs {
             if self.stop.is_cancelled() {
                 return Err(Failure::Stopped);
             }
