@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use erofs::block::{BLOCK_SIZE, UnitBits, blocks_for};
 use erofs::digest::Digest;
-use erofs::pack::{PackTable, PackWriter, encode_unit};
+use erofs::pack::{FOOTER_LEN, PackTable, PackWriter, encode_unit};
 use uapi::buffer::Buffer;
 
 use super::disk::Disk;
@@ -50,7 +50,7 @@ impl Sample {
         }
         let finished = writer.finish().expect("writing to memory works");
         let file = finished.out;
-        let footer_at = file.len() - PackTable::FOOTER_LEN as usize;
+        let footer_at = file.len() - FOOTER_LEN as usize;
         let footer = PackTable::parse_footer(&finished.pack.digest, &file[footer_at..]).expect("a footer just written can be read");
         let (at, len) = footer.unit_table();
         let table = PackTable::parse(footer, &file[at as usize..][..len]).expect("a table just written can be read");

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use erofs::digest::Digest;
-use erofs::pack::PackTable;
+use erofs::pack::{FOOTER_LEN, PackTable};
 
 use super::presence::{self, SLOT, Saved};
 use super::{Pack, PackFile};
@@ -86,7 +86,7 @@ impl LocalCache {
     /// The local copy of a pack's tables: (footer, unit table), unverified. `None` if there is none, or none that can be read.
     pub fn tables(&self, pack: &Digest) -> Option<(Vec<u8>, Vec<u8>)> {
         let mut unit_table = fs::read(self.path("table", pack)).ok()?;
-        let footer = unit_table.split_off(unit_table.len().checked_sub(PackTable::FOOTER_LEN as usize)?);
+        let footer = unit_table.split_off(unit_table.len().checked_sub(FOOTER_LEN as usize)?);
         Some((footer, unit_table))
     }
 

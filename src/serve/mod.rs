@@ -19,7 +19,7 @@ use std::thread;
 use std::time::Duration;
 
 use erofs::digest::Digest;
-use erofs::pack::{PackError, PackTable};
+use erofs::pack::{FOOTER_LEN, PackError, PackTable};
 use tokio::sync::{Semaphore, mpsc};
 use uapi::buffer::Pool;
 
@@ -376,8 +376,8 @@ impl Source {
         let unread = |source| ServeError::Read { pack: *digest, source };
         let file = self.store.open_file(&Name::Pack(*digest)).map_err(|source| ServeError::Open { pack: *digest, source })?;
         let len = file.metadata().map_err(unread)?.len();
-        let mut footer_bytes = vec![0; PackTable::FOOTER_LEN as usize];
-        let footer_at = len.checked_sub(PackTable::FOOTER_LEN).ok_or_else(|| unread(io::ErrorKind::UnexpectedEof.into()))?;
+        let mut footer_bytes = vec![0; FOOTER_LEN as usize];
+        let footer_at = len.checked_sub(FOOTER_LEN).ok_or_else(|| unread(io::ErrorKind::UnexpectedEof.into()))?;
         file.read_exact_at(&mut footer_bytes, footer_at).map_err(unread)?;
         let footer = PackTable::parse_footer(digest, &footer_bytes)?;
         let (offset, len) = footer.unit_table();

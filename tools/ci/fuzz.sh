@@ -3,6 +3,7 @@
 # Stable Rust: the coverage instrumentation that libFuzzer needs is switched on by hand.
 set -euo pipefail
 cd "$(dirname "$0")/../fuzz"
+../ci/packages.sh fuzz
 seconds=${1:-60}
 host=$(rustc -vV | sed -n 's/^host: //p') # named, so that build scripts are not instrumented
 export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \

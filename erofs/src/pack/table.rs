@@ -183,7 +183,7 @@ impl Footer {
         self.file_len
     }
 
-    /// Reads the chunk table: `bytes` are those at [`Footer::chunk_table`] of the pack file.
+    /// Reads the chunk table, for converters that look for data which is stored already, in another layer's or image's packs: `bytes` are those at [`Footer::chunk_table`] of the pack file.
     ///
     /// Chunks come in block order, do not overlap, lie within the pack and never straddle a unit.
     pub fn parse_chunks(&self, bytes: &[u8]) -> Result<Vec<ChunkEntry>, PackError> {
@@ -294,10 +294,7 @@ pub struct PackTable {
 }
 
 impl PackTable {
-    /// See [`crate::pack::FOOTER_LEN`].
-    pub const FOOTER_LEN: u64 = super::FOOTER_LEN;
-
-    /// Reads a footer: `bytes` are the last [`Self::FOOTER_LEN`] bytes of the pack file, `name` is the pack's name.
+    /// Reads a footer: `bytes` are the last [`super::FOOTER_LEN`] bytes of the pack file, `name` is the pack's name.
     pub fn parse_footer(name: &Digest, bytes: &[u8]) -> Result<Footer, PackError> {
         Footer::parse(name, bytes)
     }

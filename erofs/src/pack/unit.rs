@@ -71,7 +71,7 @@ impl UnitEncoder {
     }
 }
 
-/// Compresses a unit. `data` is a whole number of blocks (zero-padded by the caller), not empty; `level` is zstd's. The unit is stored
+/// Compresses one unit; who has many keeps a [`UnitEncoder`]. `data` is a whole number of blocks (zero-padded by the caller), not empty; `level` is zstd's. The unit is stored
 /// raw when zstd saves no block.
 pub fn encode_unit(data: &[u8], level: i32) -> EncodedUnit {
     UnitEncoder::new(level).encode(data.to_vec(), Digest::of(data))

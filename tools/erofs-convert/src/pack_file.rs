@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use erofs::meta::PackRef;
-use erofs::pack::{PackTable, decode_unit};
+use erofs::pack::{FOOTER_LEN, PackTable, decode_unit};
 use slipway::store::{Name, Store, StoreError};
 
 /// An open pack.
@@ -28,8 +28,8 @@ impl PackFile {
             file.read_exact_at(&mut bytes, at).map(|()| bytes).map_err(|e| damaged(e.to_string()))
         };
         let len = file.metadata().map_err(|e| damaged(e.to_string()))?.len();
-        let footer_at = len.checked_sub(PackTable::FOOTER_LEN).ok_or_else(|| damaged("shorter than its footer".to_owned()))?;
-        let footer = PackTable::parse_footer(&pack.digest, &read(footer_at, PackTable::FOOTER_LEN as usize)?);
+        let footer_at = len.checked_sub(FOOTER_LEN).ok_or_else(|| damaged("shorter than its footer".to_owned()))?;
+        let footer = PackTable::parse_footer(&pack.digest, &read(footer_at, FOOTER_LEN as usize)?);
         let footer = footer.map_err(|e| damaged(e.to_string()))?;
         let (at, table_len) = footer.unit_table();
         let table = PackTable::parse(footer, &read(at, table_len)?).map_err(|e| damaged(e.to_string()))?;

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use erofs::digest::Digest;
 use erofs::image::Image as Metadata;
-use erofs::pack::{PackTable, decode_unit};
+use erofs::pack::{FOOTER_LEN, PackTable, decode_unit};
 use ground::{Ground, everything, everything_layers};
 use slipway::store::{Name, Store};
 use testbed::{EntryKind, Layer, TreeDigest, need, require};
@@ -27,8 +27,8 @@ fn unpack(store: &Store, digest: Digest, into: &Path) {
         file.read_exact_at(&mut bytes, at).unwrap();
         bytes
     };
-    let footer_at = file.metadata().unwrap().len() - PackTable::FOOTER_LEN;
-    let footer = PackTable::parse_footer(&digest, &read(footer_at, PackTable::FOOTER_LEN as usize)).unwrap();
+    let footer_at = file.metadata().unwrap().len() - FOOTER_LEN;
+    let footer = PackTable::parse_footer(&digest, &read(footer_at, FOOTER_LEN as usize)).unwrap();
     let (at, len) = footer.unit_table();
     let table = PackTable::parse(footer, &read(at, len)).unwrap();
     let out = File::create(into).unwrap();

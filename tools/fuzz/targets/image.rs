@@ -18,6 +18,7 @@ const BLOCK: usize = 4096;
 /// The superblock in the image, and the fields of it that are made right: checksum, block count, device count.
 const SUPERBLOCK: usize = 1024;
 const CHECKSUM: usize = SUPERBLOCK + 4;
+const INODES: usize = SUPERBLOCK + 16;
 const BLOCKS: usize = SUPERBLOCK + 36;
 const META_BLOCK: usize = SUPERBLOCK + 40;
 const EXTRA_DEVICES: usize = SUPERBLOCK + 86;
@@ -69,12 +70,15 @@ fn image_from(input: &[u8]) -> Vec<u8> {
             bytes[at] = edit[2];
         }
     } else {
-        // Everything after the superblock is the input, padded to blocks. Without devices, as their tags are hard to guess.
+        // The first byte says how many inodes there are. Everything after the superblock is the rest of the input, padded to blocks. Without
+        // devices, as their tags are hard to guess.
+        let Some((&inodes, input)) = input.split_first() else { return Vec::new() };
         bytes.truncate(SUPERBLOCK + 128);
         bytes.extend_from_slice(input);
         bytes.resize(bytes.len().next_multiple_of(BLOCK), 0);
         bytes[EXTRA_DEVICES..EXTRA_DEVICES + 2].fill(0);
         bytes[META_BLOCK..META_BLOCK + 4].fill(0);
+        bytes[INODES..INODES + 8].copy_from_slice(&u64::from(inodes).to_le_bytes());
         let blocks = (bytes.len() / BLOCK) as u32;
         bytes[BLOCKS..BLOCKS + 4].copy_from_slice(&blocks.to_le_bytes());
     }

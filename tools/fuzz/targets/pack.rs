@@ -8,10 +8,10 @@ use std::sync::OnceLock;
 
 use erofs::block::UnitBits;
 use erofs::digest::Digest;
-use erofs::pack::{Codec, PackTable, PackWriter, UnitEntry, decode_unit, encode_unit};
+use erofs::pack::{Codec, FOOTER_LEN, PackTable, PackWriter, UnitEntry, decode_unit, encode_unit};
 use libfuzzer_sys::fuzz_target;
 
-const FOOTER: usize = PackTable::FOOTER_LEN as usize;
+const FOOTER: usize = FOOTER_LEN as usize;
 /// Where the footer keeps the digests of the unit table and of the chunk table.
 const UNIT_TABLE_DIGEST: usize = 64;
 const CHUNK_TABLE_DIGEST: usize = 96;

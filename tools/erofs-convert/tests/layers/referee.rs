@@ -10,7 +10,7 @@ use std::process::Command;
 
 use erofs::digest::Digest;
 use erofs::meta::{Chunk, Content, Data, PackRef};
-use erofs::pack::{PackTable, decode_unit};
+use erofs::pack::{FOOTER_LEN, PackTable, decode_unit};
 use erofs::tree::{Body, Inode, Tree};
 use erofs_convert::layer::MemorySink;
 
@@ -167,7 +167,7 @@ fn bytes(data: &Data, packs: &[PackRef], sink: &MemorySink) -> Vec<u8> {
         let Chunk::At { pack, block } = *chunk else { continue };
         let name = packs[pack as usize].digest;
         let file = &sink.packs[&name];
-        let footer = PackTable::parse_footer(&name, &file[file.len() - PackTable::FOOTER_LEN as usize..]).unwrap();
+        let footer = PackTable::parse_footer(&name, &file[file.len() - FOOTER_LEN as usize..]).unwrap();
         let (at, len) = footer.unit_table();
         let table = PackTable::parse(footer, &file[at as usize..at as usize + len]).unwrap();
         let (unit, in_unit) = (block / unit_bits.blocks(), (block % unit_bits.blocks()) as usize * 4096);
