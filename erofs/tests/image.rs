@@ -337,6 +337,8 @@ fn damage_is_named() {
     let find = |bytes: &[u8], what: &[u8]| bytes.windows(what.len()).position(|window| window == what).expect("it is there");
     let check = |expected: &str, error: String| assert!(error.contains(expected), "{error:?} should say {expected:?}");
     // The example's inodes: /again, /big, /null and the root are 64, 64, 32 and 32 bytes; offsets are those of the kernel's structures.
+    check("not as many as the superblock says", damaged(&tree, |bytes, _| bytes[1024 + 16] += 1));
+    check("does not begin where", damaged(&tree, |bytes, _| bytes[1152 + 128 + 68] += 1));
     check("its link count is not", damaged(&tree, |bytes, at| bytes[at(&[b"again"]) + 44] = 3));
     check("its xattrs are shorter", damaged(&tree, |bytes, at| bytes[at(&[b"again"]) + 2] = 1));
     check("a compact inode has a time", damaged(&tree, |bytes, at| bytes[at(&[b"null"]) + 12] = 1));

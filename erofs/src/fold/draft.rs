@@ -25,7 +25,7 @@ pub(super) struct Draft {
 struct Below<'a> {
     /// Inodes that links of this layer name by path.
     links: HashMap<&'a [u8], InodeIndex>,
-    /// Attributes of directories that this layer implies where there is none below.
+    /// Attributes that directories which this layer implies have below, for where the layer hides them or a link leads to them.
     implied: HashMap<&'a [u8], Attr>,
 }
 

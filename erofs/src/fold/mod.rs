@@ -3,10 +3,12 @@
 //! The result is what a container on overlayfs sees when containerd has applied the layers, with these choices:
 //!
 //! - The root is 0755, owned by 0:0, modified at the epoch unless a layer tree lists it. (containerd ignores an archive's root entry.)
-//! - A directory that a layer implies but does not list keeps the attributes it has below, also when the layer hides it by an opaque
-//!   directory (containerd's `mkparent` looks for attributes in the layers below, not in what of them is seen). Over something that is no directory it is new:
-//!   over a symbolic link to a directory it takes that directory's attributes (`mkparent` follows the link),
-//!   else it is like a root.
+//! - A directory that a layer implies but does not list keeps the attributes it has below, also when the layer itself hides it by an opaque
+//!   directory. Over a symbolic link to a directory it is new with that one's attributes, over anything else it is new and like a root.
+//!   What is below is asked as the container saw it, all layers in one. containerd's `mkparent` asks one layer's directory after the
+//!   other, the topmost first, and so also finds what a layer in between has hidden, and follows links within one layer only: of `d/e/` in
+//!   one layer, `d` made opaque in the next and `d/e/f` alone in a third it gives `d/e` the first layer's attributes, the fold those of
+//!   a new directory. What was removed should not come back.
 //! - A directory that a layer lists takes all its attributes from that layer, extended ones too, and keeps its children below.
 //! - A hard link to a file of a lower layer is one more name of that inode, as if the link had been made in the merged directory.
 //!   (containerd's overlayfs differ refuses such layers; its native one and umoci do the same as we.)

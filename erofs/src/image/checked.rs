@@ -188,7 +188,7 @@ impl Checked {
     }
 
     /// Gives the tree back.
-    pub fn into_tree(self) -> Tree {
+    pub(super) fn into_tree(self) -> Tree {
         self.tree
     }
 

@@ -11,9 +11,9 @@ use crate::meta::{Chunk, Xattr};
 
 /// Bytes of an xattr value that are shown; more are only counted.
 const VALUE_SHOWN: usize = 32;
-/// Directories of a path that are shown. Deeper ones are left out from the front: a hostile image could be as deep as it is long, and the
-/// text would grow with the square.
-const PATH_SHOWN: usize = 64;
+/// Bytes of a path that are shown, of the last name all. The rest is left out from the front: a hostile image could be as deep as it is long,
+/// and the text would grow with the square.
+const PATH_SHOWN: usize = 1024;
 
 /// Writes `image` as text: what the superblock and the device table say, then a line per name in directory order. The same image gives
 /// the same text. A damaged image's text ends with a line that says what is wrong.
@@ -71,11 +71,17 @@ fn line(image: &Image<'_>, visit: &Visit<'_>, path: &[&[u8]]) -> Result<String, 
 }
 
 fn shown_path(path: &[&[u8]]) -> String {
+    let mut len = 0;
+    let fits = |name: &&&[u8]| {
+        len += name.len() + 1;
+        len <= PATH_SHOWN
+    };
+    let shown = path.iter().rev().take_while(fits).count();
     let mut text = String::new();
-    if path.len() > PATH_SHOWN {
+    if path.len() > shown {
         text.push('…');
     }
-    for name in &path[path.len().saturating_sub(PATH_SHOWN)..] {
+    for name in &path[path.len() - shown..] {
         text += &format!("/{}", name.escape_ascii());
     }
     if text.is_empty() { "/".to_owned() } else { text }
@@ -129,4 +135,21 @@ fn xattrs(xattrs: &[Xattr]) -> String {
         }
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_paths_are_cut_at_the_front() {
+        let check = |path: &[&[u8]], expected: &str| assert_eq!(shown_path(path), expected);
+        check(&[], "/");
+        check(&[b"a", b"b\n"], "/a/b\\n");
+        let name = &[b'n'; 255][..];
+        let shown = ["/", &"n".repeat(255)].concat().repeat(4);
+        check(&[name; 4], &shown);
+        check(&[name; 5], &format!("…{shown}"));
+        check(&[&b"n"[..]; 10_000], &format!("…{}", "/n".repeat(512)));
+    }
 }

@@ -1,7 +1,7 @@
 //! Views of an image.
 //!
-//! Whatever the bytes are, nothing here panics, and no call takes more time or memory than what it returns (a call on one inode) or than
-//! the image is long ([`Image::to_tree`], [`super::dump`]): every offset is computed with checked arithmetic and every range is taken
+//! Whatever the bytes are, nothing here panics, and no call takes time or memory out of proportion to what it returns (a call on one inode)
+//! or to the image's length ([`Image::to_tree`], [`super::dump`]): every offset is computed with checked arithmetic and every range is taken
 //! from the bytes by [`Image::slice`]. Only images of our own baseline are read.
 
 use super::format::{
@@ -177,7 +177,7 @@ impl<'a> Image<'a> {
     }
 
     /// Number of inodes, as the superblock says.
-    pub fn inode_count(&self) -> u64 {
+    pub(super) fn inode_count(&self) -> u64 {
         self.inodes
     }
 
@@ -199,7 +199,18 @@ impl<'a> Image<'a> {
         Ok(InodeView { nid, kind, mode: raw.mode & 0o7777, nlink, uid, gid, mtime, size, device })
     }
 
-    /// The entry `name` (may be `.` or `..`) of a directory, or `None`. Takes logarithmic time.
+    /// Whether in the one address space of image and packs each pack begins where what is before it ends.
+    pub(super) fn packs_follow(&self) -> bool {
+        let mut end = self.len() / BLOCK_SIZE;
+        self.device_table.as_chunks::<DEVICE_SLOT_LEN>().0.iter().map(RawDevice::decode).all(|device| {
+            let start = end;
+            end += u64::from(device.blocks);
+            u64::from(device.unified_block) == start
+        })
+    }
+
+    /// The entry `name` (may be `.` or `..`) of a directory, or `None`. Takes logarithmic time. For who serves names one by one, as a FUSE
+    /// file system over an image would; [`Image::to_tree`] does without.
     pub fn lookup(&self, dir: Nid, name: &[u8]) -> Result<Option<DirEntry<'a>>, ImageError> {
         let flat = self.directory(dir)?;
         // The first names of blocks [..low] are at most `name`, those of blocks [high..] are greater.
@@ -223,7 +234,7 @@ impl<'a> Image<'a> {
         Ok(None)
     }
 
-    /// The names of a directory.
+    /// The names of a directory, as [`Image::lookup`] for a file system of our own.
     pub fn read_dir(&self, dir: Nid) -> Result<ReadDir<'a>, ImageError> {
         Ok(ReadDir::new(self.names(dir)?))
     }

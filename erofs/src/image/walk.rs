@@ -155,8 +155,9 @@ fn claimed(inode: &Located) -> u64 {
 }
 
 impl Image<'_> {
-    /// The tree this image was written from, with everything in it verified: it obeys every rule of [`Checked`], link counts are right.
-    /// Inodes are numbered depth first by name.
+    /// The tree this image was written from, with everything in it verified: it obeys every rule of [`Checked`], link counts and the number
+    /// of inodes are right, and packs follow the image. (Times, names and bytes are what they are; who needs them authentic compares the
+    /// image's digest.) Inodes are numbered depth first by name.
     pub fn to_tree(&self) -> Result<Tree, ImageError> {
         let mut builder = Builder { image: *self, inodes: Vec::new(), links: Vec::new(), units: vec![None; self.devices().len()] };
         for visit in Walk::new(*self) {
@@ -232,6 +233,13 @@ impl Builder<'_> {
             if claimed != counted {
                 return Err(ImageError::Corrupt { nid, what: "its link count is not the number of its names" });
             }
+        }
+        let corrupt = |what| Err(ImageError::Corrupt { nid: self.image.root(), what });
+        if self.inodes.len() as u64 != self.image.inode_count() {
+            return corrupt("the inodes reached from it are not as many as the superblock says");
+        }
+        if !self.image.packs_follow() {
+            return corrupt("a device of the file system does not begin where the one before it ends");
         }
         let devices = self.image.devices();
         // A pack without chunks has no unit size; Checked refuses it.
