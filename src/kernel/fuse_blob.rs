@@ -17,6 +17,7 @@ use uapi::buffer::Buffer;
 use uapi::fuse::device::{Device, Received, Waiter};
 use uapi::fuse::{self, Attr, BadRequest, Errno, Init, Negotiated, NodeId, Operation, Request, Unique};
 
+use super::vital::{self, Vital};
 use super::{Ask, AskId, Channel, Serve, Wants};
 use crate::cache::local::read_ready;
 use crate::cache::{Pack, UnitIndex};
@@ -141,7 +142,7 @@ impl FuseBlob {
     pub fn stop(&self) {
         self.shared.device.stop();
         for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            // A reader that panicked has said so; its requests are asked for again by the next worker.
+            // A reader that panics ends the process.
             let _ = thread.join();
         }
     }
@@ -158,9 +159,12 @@ impl Connection {
         self.packs.read().unwrap_or_else(PoisonError::into_inner).get(&node).cloned()
     }
 
+    /// A reply that the kernel has no memory for would leave its reader waiting, so that nothing but an abort could end it: an error is smaller.
     fn reply(&self, unique: Unique, result: Result<&[IoSlice<'_>], Errno>) {
-        if let Err(errno) = self.device.reply(unique, result) {
-            tracing::error!(unique = unique.0, %errno, "the kernel refused a FUSE reply");
+        let Err(errno) = self.device.reply(unique, result) else { return };
+        tracing::error!(unique = unique.0, %errno, "the kernel refused a FUSE reply; answering EIO");
+        if let Err(errno) = self.device.reply(unique, Err(Errno::IO)) {
+            tracing::error!(unique = unique.0, %errno, "the kernel refused even an error; the reader waits for the next worker");
         }
     }
 }
@@ -189,6 +193,7 @@ impl Reader {
     }
 
     fn run(mut self) {
+        let _vital = Vital::thread("reading FUSE requests");
         loop {
             match self.shared.device.receive(&self.waiter, &mut self.message) {
                 Ok(Received::Message(len)) => match Request::parse(&self.message[..len]) {
@@ -200,10 +205,7 @@ impl Reader {
                     Err(error @ BadRequest::NoHeader { .. }) => tracing::error!(%error),
                 },
                 Ok(Received::Stopped | Received::Gone) => return,
-                Err(errno) => {
-                    tracing::error!(%errno, "cannot read FUSE requests; this thread ends and the mount's readers will wait for the next worker");
-                    return;
-                }
+                Err(errno) => vital::end("reading FUSE requests", errno),
             }
         }
     }

@@ -6,6 +6,7 @@
 pub mod fake;
 pub mod fscache;
 pub mod fuse_blob;
+pub mod vital;
 
 use std::io::IoSlice;
 use std::sync::Arc;

@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 use uapi::buffer::{Buffer, Pool, Shared};
 
 use crate::cache::{Pack, UnitIndex, Verified};
+use crate::kernel::vital::Vital;
 
 /// Who waits for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +73,7 @@ impl Decoders {
 }
 
 fn run(demanded: &Receiver<Work>, wanted_ahead: &Receiver<Work>, pool: &Arc<Pool>) {
+    let _vital = Vital::thread("decoding units");
     while let Some(work) = next(demanded, wanted_ahead) {
         let Work { pack, unit, input, done } = work;
         if done.is_closed() {
