@@ -119,7 +119,10 @@ fn settings(config: &Config) -> String {
 
 fn log_to_stderr(config: &Config) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&config.log).with_context(|| format!("the log filter {:?} of the configuration cannot be used", config.log))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).init();
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    // Otherwise a line that cannot be written (a full disk, a log that went away) is reported with `eprintln`, which panics for the same reason;
+    // in the holder that would be the end of every mount.
+    lines.log_internal_errors(false).init();
     Ok(())
 }
 
