@@ -1,5 +1,5 @@
 //! Backend `fscache` on a kernel that has it: Linux 6.1 in a guest, the real /dev/cachefiles, one image compared file by file, and the
-//! worker killed while a reader waits.
+//! worker killed and restarted while readers wait.
 
 use std::fs;
 use std::path::Path;
@@ -25,6 +25,7 @@ fn layers() -> [Layer; 2] {
         Entry::dir("usr/share"),
         Entry::dir("etc/conf.d"),
         Entry::file("usr/lib/big", contents(24 << 20, 1)).mtime(1_600_000_000, 123_456_789),
+        Entry::file("usr/lib/reloaded", contents(48 << 20, 4)),
         Entry::file("usr/lib/gone", "under a whiteout"),
         Entry::file("usr/bin/tool", contents(300_000, 2)).mode(0o4755),
         Entry::symlink("usr/bin/alias", "tool"),
@@ -37,7 +38,7 @@ fn layers() -> [Layer; 2] {
 }
 
 #[test]
-fn an_image_over_fscache_is_the_source_also_when_the_worker_dies_in_mid_read() {
+fn an_image_over_fscache_is_the_source_also_when_workers_die_or_are_restarted_in_mid_read() {
     require!(need::root(), need::path("/usr/src/linux-source-6.1.tar.xz"), need::command("umoci"), need::command("mkfs.ext4"));
     let guest = GuestKernel::find().expect("a guest kernel");
     let scratch = Scratch::new("guest-fscache").expect("scratch");
@@ -62,9 +63,15 @@ fn an_image_over_fscache_is_the_source_also_when_the_worker_dies_in_mid_read() {
 
     let init = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/fscache.sh");
     let programs = lister.parent().expect("a directory of programs").to_string_lossy().into_owned();
-    let env = [("DIR", &*scratch.path().to_string_lossy()), ("BIN", &programs), ("CHAIN", built.top_chain()), ("BIG", "usr/lib/big")];
+    let env = [
+        ("DIR", &*scratch.path().to_string_lossy()),
+        ("BIN", &programs),
+        ("CHAIN", built.top_chain()),
+        ("BIG", "usr/lib/big"),
+        ("RELOADED", "usr/lib/reloaded"),
+    ];
     let console = guest.run(&scratch, &init, &env, LIMIT).expect("the guest runs to its end");
 
     assert!(console.contains("guest done") && !console.contains("FAILED"), "{console}");
-    assert_eq!(console.matches("ok: ").count(), 11, "a check is missing:\n{console}");
+    assert_eq!(console.matches("ok: ").count(), 15, "a check is missing:\n{console}");
 }

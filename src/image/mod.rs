@@ -73,6 +73,8 @@ pub struct Ways {
     pub direct: bool,
     /// What serves the rest, best first.
     pub lazy: Vec<Arc<dyn Lazy>>,
+    /// What only goes on serving the images it has.
+    pub retired: Vec<Arc<dyn Lazy>>,
     /// Why the others do not work.
     pub refused: Vec<(Way, String)>,
 }
@@ -302,7 +304,7 @@ impl Shared {
 
     /// A mount with these packs is gone: those in no other mount of a lazy way are released and closed.
     fn release_packs(&self, way: Way, packs: &[Digest]) {
-        if let Some(lazy) = self.ways.lazy.iter().find(|lazy| lazy.way() == way) {
+        if let Some(lazy) = self.ways.lazy.iter().chain(&self.ways.retired).find(|lazy| lazy.way() == way) {
             let mut users = lock(&self.pack_users);
             let mut unused = Vec::new();
             for pack in packs {

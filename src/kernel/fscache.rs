@@ -6,13 +6,16 @@
 //! a request completed with its range still missing makes the reader's EIO (`fs/cachefiles/io.c`, second miss).
 //!
 //! When the process dies while another keeps the device open, readers wait; the successor attaches the same digests and says `restore`:
-//! the kernel opens every object with unanswered requests again and repeats them.
+//! the kernel opens every object with unanswered requests again and repeats them. A worker that ends in order leaves what it cannot serve
+//! any more unanswered, for the same reason.
 
 use std::collections::HashMap;
-use std::io::{IoSlice, Read};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::{fs, io, thread};
 
 use erofs::block::BLOCK_SIZE;
@@ -22,6 +25,7 @@ use uapi::buffer::Buffer;
 use uapi::cachefiles::{Device, Limits, MESSAGE_MAX, MessageId, Object, ObjectId, OpenMessage};
 use uapi::ring::PollRing;
 
+use super::vital::{self, Vital};
 use super::{Ask, AskId, Channel, Errno, Serve, Wants};
 use crate::cache::presence::Saved;
 use crate::cache::{Pack, PackFile, UnitIndex};
@@ -46,8 +50,8 @@ pub enum FscacheError {
     },
 }
 
-/// The cachefiles device being served. Dropping it stops the reader thread with the next request; the mounts stay for whoever else holds
-/// the descriptor.
+/// The cachefiles device being served. Dropping it stops serving, as [`Fscache::stop`] does; the mounts stay for whoever else holds the
+/// descriptor.
 pub struct Fscache {
     inner: Arc<Inner>,
 }
@@ -59,6 +63,10 @@ struct Inner {
     known: Mutex<HashMap<Digest, Source>>,
     /// What the kernel has open.
     objects: Mutex<HashMap<ObjectId, Arc<Open>>>,
+    /// From then on nothing is read from the device, and no request is completed without its bytes.
+    stopped: AtomicBool,
+    /// Threads that copy metadata.
+    copies: Mutex<Vec<JoinHandle<()>>>,
 }
 
 /// Where an object's bytes come from.
@@ -76,6 +84,7 @@ struct Open {
 
 enum Body {
     Metadata {
+        digest: Digest,
         path: PathBuf,
         fill: Mutex<MetadataFill>,
     },
@@ -93,27 +102,27 @@ enum MetadataFill {
 }
 
 impl Fscache {
-    /// Opens /dev/cachefiles and binds the cache directory `dir` under the name `tag`, which must be unique on this machine.
-    pub fn bind(dir: &Path, tag: &str) -> Result<Device, FscacheError> {
-        let failed = |action: String| move |source| FscacheError::Device { action, source };
-        let device = Device::open().map_err(failed("open /dev/cachefiles".into()))?;
-        device.bind(dir, tag, Limits::default()).map_err(failed(format!("bind {} to /dev/cachefiles", dir.display())))?;
-        Ok(device)
+    /// Opens /dev/cachefiles: while it is open no other process has it.
+    pub fn open() -> Result<Device, FscacheError> {
+        Device::open().map_err(failed("open /dev/cachefiles"))
+    }
+
+    /// Binds the cache directory `dir` under the name `tag`, which must be unique on this machine.
+    pub fn bind(device: &Device, dir: &Path, tag: &str) -> Result<(), FscacheError> {
+        device.bind(dir, tag, Limits::default()).map_err(failed(format!("bind {} to /dev/cachefiles", dir.display())))
     }
 
     /// Prepares to serve a bound device. Nothing is read from it before [`Fscache::serve`], so objects can be attached first.
     pub fn new(device: Device, serve: Arc<dyn Serve>) -> Fscache {
-        Fscache { inner: Arc::new(Inner { device, serve, known: Mutex::default(), objects: Mutex::default() }) }
+        let inner =
+            Inner { device, serve, known: Mutex::default(), objects: Mutex::default(), stopped: AtomicBool::new(false), copies: Mutex::default() };
+        Fscache { inner: Arc::new(inner) }
     }
 
     /// Starts the reader thread. `taken_over`: the device was bound by an earlier process, whose unanswered requests are asked for again.
     pub fn serve(&self, taken_over: bool) -> Result<(), FscacheError> {
-        let failed = |action: &str| {
-            let action = action.to_owned();
-            move |source| FscacheError::Device { action, source }
-        };
         if taken_over {
-            self.inner.device.restore().map_err(failed("take over /dev/cachefiles from an earlier process"))?;
+            self.restore().map_err(failed("take over /dev/cachefiles from an earlier process"))?;
         }
         let ring = self.inner.device.try_clone_fd().and_then(PollRing::new).map_err(failed("watch /dev/cachefiles with io_uring"))?;
         let inner = Arc::clone(&self.inner);
@@ -122,6 +131,27 @@ impl Fscache {
             .spawn(move || inner.read_loop(ring))
             .map_err(failed("start the reader thread of /dev/cachefiles"))?;
         Ok(())
+    }
+
+    /// Has the kernel repeat what is unanswered. An error: this kernel cannot.
+    pub fn restore(&self) -> io::Result<()> {
+        self.inner.device.restore()
+    }
+
+    /// Another descriptor of the device, for whoever keeps it.
+    pub fn device(&self) -> io::Result<OwnedFd> {
+        self.inner.device.try_clone_fd()
+    }
+
+    /// Reads no more requests, fails none of those under way, and waits until no metadata is being written. What is unanswered, waits for a
+    /// successor or for the end of the device.
+    pub fn stop(&self) {
+        self.inner.stopped.store(true, Ordering::SeqCst);
+        let copies = std::mem::take(&mut *self.inner.copies());
+        for copy in copies {
+            // One that panicked has written nothing that was not verified.
+            let _ = copy.join();
+        }
     }
 
     /// Lets mounts use this metadata image: a local file, complete and verified (invariant 5).
@@ -142,6 +172,12 @@ impl Fscache {
     }
 }
 
+impl Drop for Fscache {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
 impl Inner {
     fn known(&self) -> MutexGuard<'_, HashMap<Digest, Source>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
@@ -151,25 +187,31 @@ impl Inner {
         self.objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads requests until the device is gone. Every message is read before the next wait: the poll reports changes only.
+    fn copies(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.copies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
+    }
+
+    /// Reads requests until stopped. Every message is read before the next wait: the poll reports changes only.
     fn read_loop(self: Arc<Self>, mut ring: PollRing) {
+        let _vital = Vital::thread("serving /dev/cachefiles");
+        let give_up = |action: &str, error: io::Error| -> ! { vital::end("serving /dev/cachefiles", format_args!("cannot {action}: {error}")) };
         let mut buffer = [0; MESSAGE_MAX];
-        loop {
+        while !self.is_stopped() {
             match self.device.next(&mut buffer) {
                 Ok(Some(message)) => self.dispatch(message),
                 Ok(None) => match ring.wait() {
-                    Ok(ready) if ready.closed() => return,
+                    Ok(ready) if ready.closed() => give_up("wait for it", io::ErrorKind::BrokenPipe.into()),
                     Ok(_) => {}
-                    Err(error) => {
-                        tracing::error!(%error, "cannot wait for /dev/cachefiles; its mounts answer EIO until the daemon is restarted");
-                        return;
-                    }
+                    Err(error) => give_up("wait for it", error),
                 },
+                // A successor would be told the same.
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => tracing::error!(%error, "a request of /dev/cachefiles was skipped"),
-                Err(error) => {
-                    tracing::error!(%error, "cannot read /dev/cachefiles; its mounts answer EIO until the daemon is restarted");
-                    return;
-                }
+                Err(error) if is_of_one_open(&error) => tracing::error!(%error, "the kernel could not open an object for us"),
+                Err(error) => give_up("read it", error),
             }
         }
     }
@@ -182,22 +224,24 @@ impl Inner {
                 let open = self.objects().get(&object).map(Arc::clone);
                 match open {
                     Some(open) => self.read(id, &open, offset, len),
-                    // The kernel asks only for objects it has opened with us and not closed.
-                    None => tracing::error!(object = object.0, "the kernel reads an object that is not open"),
+                    // The kernel asks only for objects it has opened with us and not closed. Whatever went wrong: it opens this one anew with
+                    // a successor, and repeats the request.
+                    None => vital::end("serving /dev/cachefiles", format_args!("the kernel reads object {}, which is not open here", object.0)),
                 }
             }
         }
     }
 
     fn open(&self, id: MessageId, object: Object, cookie: &[u8]) {
+        let object_id = object.id();
         let digest = std::str::from_utf8(cookie).ok().and_then(|text| text.parse::<Digest>().ok());
-        let source = digest.and_then(|digest| self.known().get(&digest).cloned());
+        let source = digest.and_then(|digest| Some((digest, self.known().get(&digest).cloned()?)));
         let size = match source {
-            Some(Source::Metadata { path, len }) => {
-                self.insert(Open { object, body: Body::Metadata { path, fill: Mutex::new(MetadataFill::Idle) } });
+            Some((digest, Source::Metadata { path, len })) => {
+                self.insert(Open { object, body: Body::Metadata { digest, path, fill: Mutex::new(MetadataFill::Idle) } });
                 Ok(len)
             }
-            Some(Source::Pack(table)) => {
+            Some((_, Source::Pack(table))) => {
                 let len = u64::from(table.blocks()) * BLOCK_SIZE;
                 self.insert(Open { object, body: Body::Pack { table, pack: Mutex::default() } });
                 Ok(len)
@@ -208,7 +252,9 @@ impl Inner {
             }
         };
         if let Err(error) = self.device.open_done(id, size) {
-            tracing::error!(%error, "cannot answer an open request of /dev/cachefiles");
+            // Who waited for it was killed, or the kernel wants it opened again.
+            tracing::warn!(%error, "cannot answer an open request of /dev/cachefiles");
+            self.objects().remove(&object_id);
         }
     }
 
@@ -228,7 +274,7 @@ impl Inner {
 
     fn read(self: &Arc<Self>, id: MessageId, open: &Arc<Open>, offset: u64, len: u64) {
         match &open.body {
-            Body::Metadata { path, fill } => self.read_metadata(id, open, path, fill),
+            Body::Metadata { digest, path, fill } => self.read_metadata(id, open, digest, path, fill),
             Body::Pack { table, pack } => match open.pack(table, pack) {
                 Ok(pack) => self.read_pack(id, open, pack, offset, len),
                 Err(error) => {
@@ -256,7 +302,7 @@ impl Inner {
     }
 
     /// Copies the metadata image into the kernel's cache, on a thread of its own so that reads of other objects go on.
-    fn read_metadata(self: &Arc<Self>, id: MessageId, open: &Arc<Open>, path: &Path, fill: &Mutex<MetadataFill>) {
+    fn read_metadata(self: &Arc<Self>, id: MessageId, open: &Arc<Open>, digest: &Digest, path: &Path, fill: &Mutex<MetadataFill>) {
         {
             let mut fill = fill.lock().unwrap_or_else(PoisonError::into_inner);
             if let MetadataFill::Running(waiting) = &mut *fill {
@@ -265,16 +311,39 @@ impl Inner {
             }
             *fill = MetadataFill::Running(vec![id]);
         }
-        let (own, at) = (Arc::clone(open), path.to_owned());
-        let started = thread::Builder::new().name("fscache-meta".into()).spawn(move || {
-            if let Err(error) = copy_metadata(&at, &own.object) {
+        let (inner, own, digest, at) = (Arc::clone(self), Arc::clone(open), *digest, path.to_owned());
+        let copy = move || {
+            if let Err(error) = copy_metadata(&digest, &at, &own.object, &inner.stopped) {
                 tracing::error!(metadata = %at.display(), %error, "cannot copy a metadata image into the kernel's cache; reads of it get EIO");
             }
-            own.metadata_filled();
-        });
-        if let Err(error) = started {
-            tracing::error!(metadata = %path.display(), %error, "cannot start a thread; reads of the metadata image get EIO");
-            open.metadata_filled();
+            inner.metadata_filled(&own);
+        };
+        let mut copies = self.copies();
+        // With the lock held, so that none is started behind the back of `stop`.
+        if self.is_stopped() {
+            return;
+        }
+        match thread::Builder::new().name("fscache-meta".into()).spawn(copy) {
+            Ok(started) => {
+                copies.retain(|copy| !copy.is_finished());
+                copies.push(started);
+            }
+            Err(error) => {
+                tracing::error!(metadata = %path.display(), %error, "cannot start a thread; reads of the metadata image get EIO");
+                self.metadata_filled(open);
+            }
+        }
+    }
+
+    /// Answers everyone who waits for the metadata image. If it was not written, the kernel finds the hole and gives EIO; but not because we
+    /// stopped.
+    fn metadata_filled(&self, open: &Open) {
+        let Body::Metadata { fill, .. } = &open.body else { return };
+        let done = std::mem::replace(&mut *fill.lock().unwrap_or_else(PoisonError::into_inner), MetadataFill::Idle);
+        if let MetadataFill::Running(waiting) = done
+            && !self.is_stopped()
+        {
+            waiting.into_iter().for_each(|id| open.complete(id));
         }
     }
 }
@@ -316,15 +385,6 @@ impl Open {
             tracing::warn!(object = self.object.id().0, request = id.0, %error, "the kernel no longer waits for a read");
         }
     }
-
-    /// Answers everyone who waits for the metadata image. If it was not written, the kernel finds the hole and gives EIO.
-    fn metadata_filled(&self) {
-        let Body::Metadata { fill, .. } = &self.body else { return };
-        let done = std::mem::replace(&mut *fill.lock().unwrap_or_else(PoisonError::into_inner), MetadataFill::Idle);
-        if let MetadataFill::Running(waiting) = done {
-            waiting.into_iter().for_each(|id| self.complete(id));
-        }
-    }
 }
 
 impl Channel for Inner {
@@ -332,8 +392,12 @@ impl Channel for Inner {
         Wants::Stored
     }
 
-    fn answer(&self, id: AskId, _result: Result<&[IoSlice<'_>], Errno>) {
-        // Success and failure look the same: on failure the range is still a hole, and the kernel makes EIO of it.
+    fn answer(&self, id: AskId, result: Result<&[IoSlice<'_>], Errno>) {
+        // What fails because we stop is repeated for the successor. Otherwise success and failure look the same: on failure the range is still
+        // a hole, and the kernel makes EIO of it.
+        if result.is_err() && self.is_stopped() {
+            return;
+        }
         let (object, request) = (ObjectId((id.0 >> 32) as u32), MessageId(id.0 as u32));
         let open = self.objects().get(&object).map(Arc::clone);
         if let Some(open) = open {
@@ -351,25 +415,65 @@ fn whole_units(stored: std::ops::Range<u64>, table: &PackTable) -> impl Iterator
     (first..past).map(|unit| UnitIndex(u32::try_from(unit).expect("packs have at most 2^14 units")))
 }
 
-fn copy_metadata(path: &Path, object: &Object) -> io::Result<()> {
-    let mut file = fs::File::open(path)?;
+/// Whether the kernel could not make a descriptor for an OPEN (`cachefiles_ondemand_daemon_read`): then it has failed that OPEN already, and the
+/// next request is as good as any. `EEXIST`: the object's descriptor of an earlier process is not closed yet.
+fn is_of_one_open(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+    matches!(errno, Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::EXIST))
+}
+
+/// Writes a metadata image into the kernel's cache, where nobody checks it again: so it is checked here, from the memory it is then written from
+/// (invariant 5). Ends early, with nothing wrong, when `stopped`.
+fn copy_metadata(digest: &Digest, path: &Path, object: &Object, stopped: &AtomicBool) -> io::Result<()> {
+    let bytes = read_verified(digest, path)?;
     let mut buffer = Buffer::new(METADATA_STEP);
-    let mut offset = 0;
-    loop {
-        buffer.set_len(METADATA_STEP);
-        let mut filled = 0;
-        while filled < METADATA_STEP {
-            match file.read(&mut buffer[filled..])? {
-                0 => break,
-                n => filled += n,
-            }
-        }
-        if filled == 0 {
+    for (offset, step) in (0..).step_by(METADATA_STEP).zip(bytes.chunks(METADATA_STEP)) {
+        if stopped.load(Ordering::SeqCst) {
             return Ok(());
         }
         // Metadata images are whole blocks long, which is what direct I/O wants.
-        buffer.set_len(filled.next_multiple_of(BLOCK_SIZE as usize));
+        buffer.set_len(step.len().next_multiple_of(BLOCK_SIZE as usize));
+        buffer[..step.len()].copy_from_slice(step);
         object.write_at(&buffer, offset)?;
-        offset += filled as u64;
+    }
+    Ok(())
+}
+
+/// A file's bytes, if they are those of `digest`.
+fn read_verified(digest: &Digest, path: &Path) -> io::Result<Vec<u8>> {
+    let bytes = fs::read(path)?;
+    match Digest::of(&bytes) {
+        found if found == *digest => Ok(bytes),
+        found => Err(io::Error::new(io::ErrorKind::InvalidData, format!("the file is damaged: its digest is {found}, not {digest}"))),
+    }
+}
+
+fn failed(action: impl Into<String>) -> impl FnOnce(io::Error) -> FscacheError {
+    let action = action.into();
+    move |source| FscacheError::Device { action, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_that_changed_on_the_disk_is_not_copied() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), b"metadata").unwrap();
+        let digest = Digest::of(b"metadata");
+        assert_eq!(read_verified(&digest, file.path()).unwrap(), b"metadata");
+        for damaged in [&b"metadatA"[..], b"metadat", b"", b"metadata\0"] {
+            fs::write(file.path(), damaged).unwrap();
+            assert_eq!(read_verified(&digest, file.path()).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
+    }
+
+    #[test]
+    fn an_open_that_the_kernel_failed_does_not_end_the_reading() {
+        for (errno, goes_on) in [(Errno::MFILE, true), (Errno::NFILE, true), (Errno::NOMEM, true), (Errno::EXIST, true), (Errno::IO, false)] {
+            assert_eq!(is_of_one_open(&io::Error::from(errno)), goes_on, "{errno}");
+        }
+        assert!(!is_of_one_open(&io::ErrorKind::InvalidData.into()));
     }
 }

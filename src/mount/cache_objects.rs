@@ -9,9 +9,10 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use erofs::digest::Digest;
+use erofs::pack::PackTable;
 use uapi::cachefiles::Device;
 
 use super::pack_dir::Keeper;
@@ -47,49 +48,62 @@ pub enum CacheObjectsError {
 pub struct CacheObjects {
     dir: PathBuf,
     fscache: Fscache,
-    taken_over: bool,
+    /// Of a device bound here, until it is served.
+    keep: Mutex<Option<Keeper>>,
 }
 
 impl CacheObjects {
-    /// Continues the kept device, or binds it to `dir`. Nothing is served before [`CacheObjects::serve`].
-    pub fn open(dir: &Path, kept: Option<Device>, engine: Arc<dyn Serve>, mut keep: Keeper) -> Result<CacheObjects, CacheObjectsError> {
-        let taken_over = kept.is_some();
-        let device = match kept {
-            Some(device) => device,
-            None => {
-                prepare(dir)?;
-                let device = Fscache::bind(dir, TAG)?;
-                let copy = device.try_clone_fd().map_err(failed(dir))?;
-                if let Err(error) = keep(copy.as_fd(), &[]) {
-                    // Readers are no worse off than without a holder: EIO when this process ends.
-                    tracing::error!(%error, "the cachefiles device will not survive this worker");
-                }
-                device
-            }
-        };
+    /// Continues a kept device, bound to `dir` by an earlier worker. Nothing is served before [`CacheObjects::serve`].
+    pub fn take_over(dir: &Path, kept: Device, engine: Arc<dyn Serve>) -> Result<CacheObjects, CacheObjectsError> {
+        CacheObjects::unsettled(dir, kept, engine, None)
+    }
+
+    /// Opens the device and binds it to `dir`. Nothing is served before [`CacheObjects::serve`].
+    pub fn bind(dir: &Path, engine: Arc<dyn Serve>, keep: Keeper) -> Result<CacheObjects, CacheObjectsError> {
+        // First of all: while it is open nobody else has a cache bound, so emptying the directory takes nothing from anybody.
+        let device = Fscache::open()?;
+        prepare(dir)?;
+        Fscache::bind(&device, dir, TAG)?;
+        CacheObjects::unsettled(dir, device, engine, Some(keep))
+    }
+
+    /// From now on the directory is not as it was left, whatever happens.
+    fn unsettled(dir: &Path, device: Device, engine: Arc<dyn Serve>, keep: Option<Keeper>) -> Result<CacheObjects, CacheObjectsError> {
         let mark = mark(dir);
         remove_if_there(&mark).and_then(|()| sync_parent(&mark)).map_err(failed(&mark))?;
-        Ok(CacheObjects { dir: dir.to_owned(), fscache: Fscache::new(device, engine), taken_over })
+        Ok(CacheObjects { dir: dir.to_owned(), fscache: Fscache::new(device, engine), keep: Mutex::new(keep) })
     }
 
-    /// Whether images mounted by an earlier worker still work.
-    pub fn taken_over(&self) -> bool {
-        self.taken_over
+    /// Makes a pack known.
+    pub fn attach(&self, table: &PackTable) {
+        self.fscache.attach(table);
     }
 
-    /// Makes an image's objects known: its metadata, a verified file, and its packs.
-    pub fn attach(&self, digest: &Digest, metadata: &Path, packs: &[Arc<Pack>]) -> io::Result<()> {
-        packs.iter().for_each(|pack| self.fscache.attach(pack.table()));
+    /// Makes an image's metadata known, a local file.
+    pub fn attach_metadata(&self, digest: &Digest, metadata: &Path) -> io::Result<()> {
         self.fscache.attach_metadata(*digest, metadata)
     }
 
-    /// Starts to serve; requests that an earlier worker read but did not answer come first.
+    /// Starts to serve; of a device taken over, requests that an earlier worker read but did not answer come first.
     pub fn serve(&self) -> Result<(), FscacheError> {
-        self.fscache.serve(self.taken_over)
+        let Some(mut keep) = self.keep.lock().unwrap_or_else(PoisonError::into_inner).take() else { return self.fscache.serve(true) };
+        let survives = self.fscache.restore().and_then(|()| self.fscache.device());
+        self.fscache.serve(false)?;
+        // Kept only where a successor can have it: with a kernel that cannot `restore`, readers would wait for ever in place of getting EIO.
+        // No image is mounted before this returns, so none is mounted on a device that is not kept.
+        if let Err(error) = survives.and_then(|copy| keep(copy.as_fd(), &[])) {
+            tracing::error!(%error, "the cachefiles device will not survive this worker; readers get EIO when it ends");
+        }
+        Ok(())
+    }
+
+    /// Reads no more requests and refuses none of those under way. Waits until nothing of metadata is being written.
+    pub fn stop(&self) {
+        self.fscache.stop();
     }
 
     /// To be called when nothing is filled any more: makes what the kernel has durable and leaves the mark that it is.
-    pub fn stop(&self) {
+    pub fn settle(&self) {
         let mark = mark(&self.dir);
         let settled = File::open(&self.dir)
             .and_then(|dir| rustix::fs::syncfs(&dir).map_err(io::Error::from))
@@ -107,7 +121,8 @@ impl Lazy for CacheObjects {
     }
 
     fn prepare(&self, digest: &Digest, metadata: &Path, packs: &[Arc<Pack>]) -> Result<Source, PrepareError> {
-        self.attach(digest, metadata, packs).map_err(|error| PrepareError { way: Way::Fscache, source: error.into() })?;
+        packs.iter().for_each(|pack| self.attach(pack.table()));
+        self.attach_metadata(digest, metadata).map_err(|error| PrepareError { way: Way::Fscache, source: error.into() })?;
         Ok(Source::Fscache { fsid: digest.to_string(), domain: Some(DOMAIN.to_owned()) })
     }
 

@@ -2,7 +2,7 @@
 //!
 //! An image is EROFS metadata in a local, verified file plus one device per pack. The ways differ in where the kernel reads the devices:
 //! `direct` has them complete in the local cache; a [`Lazy`] way gets the kernel's requests and answers them. What works is found out by doing
-//! it ([`probe_file_backed`], [`PackDir::open`]), never by a version number.
+//! it ([`probe_file_backed`], [`PackDir::mount`]), never by a version number.
 
 mod cache_objects;
 mod pack_dir;
@@ -124,7 +124,8 @@ pub fn probe_file_backed(dir: &Path) -> Result<(), Unusable> {
     fs::write(&image, empty_image()).map_err(setup(&image))?;
     mount_image(&image, &Source::Files(Vec::new()), &at)?;
     let seen = fs::read_dir(&at).map(Iterator::count).map_err(setup(&at));
-    unmount(&at, Unmount::IfUnused)?;
+    // Detached, because it is over: somebody who looks at every new mount may be in it.
+    unmount(&at, Unmount::Detach)?;
     match seen? {
         0 => Ok(()),
         _ => Err(setup(&at)(io::Error::other("the empty image does not look empty"))),

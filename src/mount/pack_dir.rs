@@ -40,6 +40,12 @@ pub enum PackDirError {
         #[source]
         source: FuseBlobError,
     },
+    /// What was kept beside the connection is nothing this version knows.
+    #[error("the kept connection of the directory of packs at {} was agreed on by another version of slipwayd: install one that knows it", at.display())]
+    Unknown {
+        /// Mount point.
+        at: PathBuf,
+    },
     /// The file system refuses.
     #[error("the directory of packs cannot be made at {}", at.display())]
     Io {
@@ -55,39 +61,36 @@ pub enum PackDirError {
 pub struct PackDir {
     at: PathBuf,
     connection: FuseBlob,
-    taken_over: bool,
 }
 
 impl PackDir {
-    /// Prepares the directory at `at`: continues the kept connection, or mounts a new one if there is none or its mount is gone. Nothing is
-    /// served before [`PackDir::serve`].
-    pub fn open(at: &Path, kept: Option<(OwnedFd, Vec<u8>)>, engine: Arc<dyn Serve>, mut keep: Keeper) -> Result<(PackDir, Start), PackDirError> {
+    /// Continues a kept connection, with what was kept beside it. Nothing is served before [`PackDir::serve`].
+    pub fn take_over(at: &Path, kept: OwnedFd, payload: &[u8], engine: Arc<dyn Serve>) -> Result<(PackDir, Start), PackDirError> {
+        let negotiated = Negotiated::from_bytes(payload).ok_or_else(|| PackDirError::Unknown { at: at.to_owned() })?;
+        let connection = FuseBlob::new(kept, engine).map_err(|source| PackDirError::Serve { at: at.to_owned(), source })?;
+        Ok((PackDir { at: at.to_owned(), connection }, Start(Begin::TakenOver(negotiated))))
+    }
+
+    /// Mounts a new directory at `at`, instead of a dead one if there is. Nothing is served before [`PackDir::serve`].
+    pub fn mount(at: &Path, engine: Arc<dyn Serve>, mut keep: Keeper) -> Result<(PackDir, Start), PackDirError> {
         let io = |source| PackDirError::Io { at: at.to_owned(), source };
-        let serve = |source| PackDirError::Serve { at: at.to_owned(), source };
-        let kept = kept.and_then(|(fd, payload)| Some((fd, Negotiated::from_bytes(&payload)?)));
-        if let Some((fd, negotiated)) = kept
-            && is_mount_point(at).map_err(io)?
-        {
-            let connection = FuseBlob::new(fd, engine).map_err(serve)?;
-            return Ok((PackDir { at: at.to_owned(), connection, taken_over: true }, Start(Begin::TakenOver(negotiated))));
-        }
         clear(at)?;
         std::fs::create_dir_all(at).map_err(io)?;
         let device = fuse_open(at, FuseOptions { source: "slipway", subtype: "slipway", max_read: uapi::fuse::READ_MAX as u32 })?;
         let copy = device.try_clone().map_err(io)?;
-        let connection = FuseBlob::new(device, engine).map_err(serve)?;
+        let connection = FuseBlob::new(device, engine).map_err(|source| PackDirError::Serve { at: at.to_owned(), source })?;
         let begin = Begin::New(Box::new(move |negotiated: &Negotiated| {
             if let Err(error) = keep(copy.as_fd(), &negotiated.to_bytes()) {
                 // Readers are no worse off than without a holder: EIO when this process ends.
                 tracing::error!(%error, "the FUSE connection will not survive this worker");
             }
         }));
-        Ok((PackDir { at: at.to_owned(), connection, taken_over: false }, Start(begin)))
+        Ok((PackDir { at: at.to_owned(), connection }, Start(begin)))
     }
 
-    /// Whether images mounted by an earlier worker still work through this connection.
-    pub fn taken_over(&self) -> bool {
-        self.taken_over
+    /// Unmounts the directory unless anything reads through it, which the kernel knows. True when it is gone.
+    pub fn unmount_unused(&self) -> bool {
+        unmount(&self.at, Unmount::IfUnused).inspect_err(|error| tracing::debug!(%error, "the directory of packs stays")).is_ok()
     }
 
     /// Makes a pack readable. To be done for the packs of all images mounted through a taken-over connection before [`PackDir::serve`].

@@ -1,6 +1,11 @@
 //! The worker's ways to mount images: found by trying, taken over from the worker before, started, stopped.
+//!
+//! A descriptor that the holder kept may be all that running containers read through. So it is taken over whatever the configuration says now and
+//! whatever a trial mount says today; both decide about new mounts only. If it cannot be taken over the worker ends, readers go on waiting, and the
+//! holder tries again: giving up would make their wait endless.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -8,13 +13,14 @@ use std::time::Duration;
 
 use erofs::digest::Digest;
 use uapi::cachefiles::Device;
+use uapi::mount::is_mount_point;
 
 use super::link::{HolderLink, KeptByName};
 use super::protocol::FdName;
 use crate::config::{BackendChoice, Config};
 use crate::image::Ways;
 use crate::image::mounts::Mounted;
-use crate::mount::{CacheObjects, CacheObjectsError, Keeper, Lazy, PackDir, PackDirError, Start, Way, probe_file_backed};
+use crate::mount::{CacheObjects, Keeper, Lazy, PackDir, Way, probe_file_backed};
 use crate::serve::Engine;
 
 /// Name of the kept descriptor that is the FUSE connection of the directory of packs.
@@ -23,19 +29,26 @@ const FUSE: &str = "fuse-blob";
 /// Name of the kept descriptor that is the bound cachefiles device.
 const CACHEFILES: &str = "cachefiles";
 
-/// How long the start waits for the tables of packs that were mounted before. They are local files; only lost ones come from the store, and
-/// those must not hold up every other pack (invariant 3).
+/// How long the start waits for tables that must come from the store. Packs whose tables are local are attached before and do not need this; but
+/// they are not answered meanwhile, so it is short.
 const ATTACH_WAIT: Duration = Duration::from_secs(3);
 
 /// Time between attempts to get a mounted pack's lost tables from the store. Reads of it fail meanwhile.
 const ATTACH_RETRY: Duration = Duration::from_secs(2);
 
-/// What works on this machine, not started yet.
-pub struct Backends {
-    direct: bool,
-    objects: Option<Arc<CacheObjects>>,
-    packs: Option<(Arc<PackDir>, Start)>,
-    refused: Vec<(Way, String)>,
+/// What mounts of earlier workers depend on cannot be taken over.
+#[derive(Debug, thiserror::Error)]
+#[error("what serves the {way} mounts of earlier workers cannot be taken over; their readers wait for a worker that can")]
+pub struct TakeOverError {
+    way: Way,
+    #[source]
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl TakeOverError {
+    fn of(way: Way) -> impl Fn(Box<dyn std::error::Error + Send + Sync>) -> TakeOverError {
+        move |source| TakeOverError { way, source }
+    }
 }
 
 /// What runs.
@@ -44,133 +57,221 @@ pub struct Running {
     packs: Option<Arc<PackDir>>,
 }
 
-impl Backends {
-    /// Tries what the configuration allows. `kept` loses what is used of it. A way that does not work is a reason, not an error: plain images
-    /// still do.
-    pub fn open(config: &Config, state: &Path, engine: &Arc<Engine>, kept: &mut KeptByName, holder: &Arc<HolderLink>) -> Backends {
-        let mut refused = Vec::new();
-        let excluded = || "the configuration chooses another backend".to_owned();
-        let file_backed = probe_file_backed(&state.join("probe")).map_err(|error| one_line(&error));
-        let objects = match config.backend {
-            BackendChoice::Auto | BackendChoice::Fscache => open_cache_objects(&config.cache, engine, kept, holder).map_err(|error| one_line(&error)),
-            BackendChoice::FuseBlob => Err(excluded()),
+/// Whether mounts that an earlier worker made this way can still work. What is kept is taken over, or the worker ends.
+pub fn alive(way: Way, kept: &KeptByName) -> bool {
+    match way {
+        // Nothing of ours is in their path.
+        Way::Direct => true,
+        Way::FuseBlob => kept.contains_key(&name(FUSE)),
+        Way::Fscache => kept.contains_key(&name(CACHEFILES)),
+    }
+}
+
+/// Takes over what is kept, opens what else the configuration allows, attaches the packs of the images `found` mounted, and starts to answer the
+/// kernel. A way that does not work here is a reason, not an error: plain images still do.
+pub fn start(
+    config: &Config,
+    state: &Path,
+    engine: &Arc<Engine>,
+    mut kept: KeptByName,
+    holder: &Arc<HolderLink>,
+    found: &BTreeMap<Digest, Mounted>,
+) -> Result<(Ways, Running), TakeOverError> {
+    let mut start = Starter { config, state, engine, holder, found, ways: Ways::default() };
+    let objects = start.objects(kept.remove(&name(CACHEFILES)))?;
+    let packs = start.packs(kept.remove(&name(FUSE)))?;
+    let ways = start.ways;
+    for name in kept.keys() {
+        // Of a version that knew more. Its mounts may live, so it is not closed (invariant 7).
+        tracing::warn!(%name, "the holder keeps a descriptor that is not known here; leaving it");
+    }
+    for (way, why) in &ways.refused {
+        tracing::info!(%way, why, "this backend takes no new images");
+    }
+    if ways.lazy.is_empty() {
+        tracing::warn!("no backend takes new images: every pull will be a plain one");
+    }
+    Ok((ways, Running { objects, packs }))
+}
+
+/// What starting needs, and the ways to mount that it found.
+struct Starter<'a> {
+    config: &'a Config,
+    state: &'a Path,
+    engine: &'a Arc<Engine>,
+    holder: &'a Arc<HolderLink>,
+    found: &'a BTreeMap<Digest, Mounted>,
+    ways: Ways,
+}
+
+/// A descriptor with what was kept beside it.
+type Kept = (OwnedFd, Vec<u8>);
+
+impl Starter<'_> {
+    fn objects(&mut self, kept: Option<Kept>) -> Result<Option<Arc<CacheObjects>>, TakeOverError> {
+        let failed = TakeOverError::of(Way::Fscache);
+        let dir = self.config.cache.join("fscache");
+        let (allowed, is_taken_over) = (self.allowed(Way::Fscache), kept.is_some());
+        let opened = match (kept, &allowed) {
+            (Some((fd, _)), _) => CacheObjects::take_over(&dir, Device::from_kept(fd), self.engine.clone()).map_err(|error| failed(error.into()))?,
+            (None, Err(why)) => return Ok(self.refuse(Way::Fscache, why.clone())),
+            (None, Ok(())) => match CacheObjects::bind(&dir, self.engine.clone(), self.keeper(CACHEFILES)) {
+                Ok(objects) => objects,
+                Err(error) => return Ok(self.refuse(Way::Fscache, one_line(&error))),
+            },
         };
-        let packs = match (config.backend, &file_backed) {
-            (BackendChoice::Auto | BackendChoice::FuseBlob, Ok(())) => open_pack_dir(state, engine, kept, holder).map_err(|error| one_line(&error)),
-            (BackendChoice::Auto | BackendChoice::FuseBlob, Err(why)) => Err(why.clone()),
-            (BackendChoice::Fscache, _) => Err(excluded()),
-        };
-        let objects = objects.map(Arc::new).map_err(|why| refused.push((Way::Fscache, why))).ok();
-        let packs = packs.map(|(dir, start)| (Arc::new(dir), start)).map_err(|why| refused.push((Way::FuseBlob, why))).ok();
-        for (way, why) in &refused {
-            tracing::info!(%way, why, "this backend is not used");
+        let objects = Arc::new(opened);
+        self.attach_objects(&objects);
+        match objects.serve() {
+            Ok(()) => self.offer(objects.clone(), allowed),
+            Err(error) if is_taken_over => return Err(failed(error.into())),
+            Err(error) => return Ok(self.refuse(Way::Fscache, one_line(&error))),
         }
-        if objects.is_none() && packs.is_none() {
-            tracing::warn!("no backend works here: every pull will be a plain one");
-        }
-        Backends { direct: file_backed.is_ok(), objects, packs, refused }
+        Ok(Some(objects))
     }
 
-    /// Whether mounts that an earlier worker made this way can still work.
-    pub fn alive(&self, way: Way) -> bool {
-        match way {
-            Way::Direct => self.direct,
-            Way::FuseBlob => self.packs.as_ref().is_some_and(|(dir, _)| dir.taken_over()),
-            Way::Fscache => self.objects.as_ref().is_some_and(|objects| objects.taken_over()),
-        }
-    }
-
-    /// Starts to answer the kernel, after the packs of images found mounted are attached again.
-    pub fn start(self, engine: &Arc<Engine>, found: &BTreeMap<Digest, Mounted>) -> Result<(Ways, Running), PackDirError> {
-        let Backends { direct, objects, packs, mut refused } = self;
-        let mut lazy: Vec<Arc<dyn Lazy>> = Vec::new();
-        let mut running = Running { objects: None, packs: None };
-        let mounted = |way| found.iter().filter(move |(_, image)| image.generations.iter().any(|generation| generation.way == way));
-        if let Some(objects) = objects {
-            attach_objects(&objects, engine, mounted(Way::Fscache));
-            match objects.serve() {
-                Ok(()) => {
-                    lazy.push(objects.clone());
-                    running.objects = Some(objects);
-                }
-                Err(error) => refused.push((Way::Fscache, one_line(&error))),
+    fn attach_objects(&self, objects: &Arc<CacheObjects>) {
+        for (digest, image) in self.mounted(Way::Fscache) {
+            if let Err(error) = objects.attach_metadata(digest, &image.metadata) {
+                tracing::error!(image = %digest, metadata = %image.metadata.display(), %error, "a mounted image's metadata cannot be served");
             }
         }
-        if let Some((dir, start)) = packs {
-            attach_all(&dir, engine, mounted(Way::FuseBlob).flat_map(|(_, image)| image.packs.iter().copied()).collect());
-            dir.serve(start)?;
-            lazy.push(dir.clone());
-            running.packs = Some(dir);
-        }
-        Ok((Ways { direct, lazy, refused }, running))
-    }
-}
-
-impl Running {
-    /// Takes no more requests from the kernel; those not taken wait there for the next worker.
-    pub fn stop(&self) {
-        if let Some(dir) = &self.packs {
-            dir.stop();
-        }
+        let (objects, engine) = (objects.clone(), self.engine.clone());
+        attach_all(self.packs_of(Way::Fscache), move |digest, look| {
+            let table = match look {
+                Look::Local => engine.local_table(digest),
+                Look::Store => Some(engine.table(digest).map_err(|error| one_line(&error))?),
+            };
+            Ok(table.map(|table| objects.attach(&table)).is_some())
+        });
     }
 
-    /// To be called when the engine has stopped: nothing is filled any more.
-    pub fn settle(&self) {
-        if let Some(objects) = &self.objects {
-            objects.stop();
+    fn packs(&mut self, kept: Option<Kept>) -> Result<Option<Arc<PackDir>>, TakeOverError> {
+        let failed = TakeOverError::of(Way::FuseBlob);
+        let at = self.state.join("packs");
+        let in_use = self.mounted(Way::FuseBlob).next().is_some();
+        // What cannot be seen counts as there. A connection that has lost its directory still serves what was mounted through it.
+        let there = is_mount_point(&at).unwrap_or(true);
+        let kept = kept.filter(|_| in_use || there);
+        let is_taken_over = kept.is_some();
+        let allowed = match self.allowed(Way::FuseBlob) {
+            Ok(()) if is_taken_over && !there => Err(format!("somebody unmounted {}, and images mounted before still read through it", at.display())),
+            other => other,
+        };
+        let file_backed = self.file_backed(is_taken_over);
+        let (dir, start) = match (kept, allowed.clone().and(file_backed)) {
+            (Some((fd, payload)), _) => PackDir::take_over(&at, fd, &payload, self.engine.clone()).map_err(|error| failed(error.into()))?,
+            (None, Err(why)) => return Ok(self.refuse(Way::FuseBlob, why)),
+            (None, Ok(())) => match PackDir::mount(&at, self.engine.clone(), self.keeper(FUSE)) {
+                Ok(mounted) => mounted,
+                Err(error) => return Ok(self.refuse(Way::FuseBlob, one_line(&error))),
+            },
+        };
+        let dir = Arc::new(dir);
+        self.attach_packs(&dir);
+        match dir.serve(start) {
+            Ok(()) => {}
+            Err(error) if is_taken_over => return Err(failed(error.into())),
+            Err(error) => return Ok(self.refuse(Way::FuseBlob, one_line(&error))),
         }
-    }
-}
-
-fn open_cache_objects(
-    cache: &Path,
-    engine: &Arc<Engine>,
-    kept: &mut KeptByName,
-    holder: &Arc<HolderLink>,
-) -> Result<CacheObjects, CacheObjectsError> {
-    let name = FdName::new(CACHEFILES).expect("the constant is a name");
-    let device = kept.remove(&name).map(|(fd, _)| Device::from_kept(fd));
-    let holder = holder.clone();
-    let keep: Keeper = Box::new(move |fd, payload| holder.keep(&name, payload, fd));
-    CacheObjects::open(&cache.join("fscache"), device, engine.clone(), keep)
-}
-
-/// Makes the objects of mounted images known again. One that cannot be: its reads fail until the image is mounted anew.
-fn attach_objects<'a>(objects: &CacheObjects, engine: &Arc<Engine>, mounted: impl Iterator<Item = (&'a Digest, &'a Mounted)>) {
-    for (digest, image) in mounted {
-        let packs: Result<Vec<_>, _> = image.packs.iter().map(|pack| engine.pack(pack)).collect();
-        let attached = packs
-            .map_err(|error| one_line(&error))
-            .and_then(|packs| objects.attach(digest, &image.metadata, &packs).map_err(|error| format!("{}: {error}", image.metadata.display())));
-        if let Err(error) = attached {
-            tracing::error!(image = %digest, error, "a mounted image cannot be served");
-        }
-    }
-}
-
-fn open_pack_dir(state: &Path, engine: &Arc<Engine>, kept: &mut KeptByName, holder: &Arc<HolderLink>) -> Result<(PackDir, Start), PackDirError> {
-    let name = FdName::new(FUSE).expect("the constant is a name");
-    let connection = kept.remove(&name);
-    let holder = holder.clone();
-    let keep: Keeper = Box::new(move |fd, payload| holder.keep(&name, payload, fd));
-    PackDir::open(&state.join("packs"), connection, engine.clone(), keep)
-}
-
-/// Attaches packs from a thread of its own, which goes on after [`ATTACH_WAIT`] with those that cannot be had.
-fn attach_all(dir: &Arc<PackDir>, engine: &Arc<Engine>, mut packs: Vec<Digest>) {
-    let (done, all_done) = mpsc::channel();
-    let (dir, engine) = (dir.clone(), engine.clone());
-    let attach = move || {
-        loop {
-            packs.retain(|digest| {
-                match engine.pack(digest).map_err(|error| one_line(&error)).and_then(|pack| dir.attach(&pack).map_err(|error| one_line(&error))) {
-                    Ok(()) => false,
-                    Err(error) => {
-                        tracing::warn!(pack = %digest, error, "a mounted pack cannot be read; trying again");
-                        true
-                    }
+        match allowed {
+            Err(why) if !in_use && dir.unmount_unused() => {
+                if let Err(error) = self.holder.forget(&name(FUSE)) {
+                    tracing::warn!(%error, "the holder cannot be told to close the FUSE connection");
                 }
-            });
+                Ok(self.refuse(Way::FuseBlob, why))
+            }
+            allowed => {
+                self.offer(dir.clone(), allowed);
+                Ok(Some(dir))
+            }
+        }
+    }
+
+    fn attach_packs(&self, dir: &Arc<PackDir>) {
+        let (dir, engine) = (dir.clone(), self.engine.clone());
+        attach_all(self.packs_of(Way::FuseBlob), move |digest, look| {
+            let pack = match look {
+                Look::Local => engine.local_pack(digest),
+                Look::Store => engine.pack(digest).map(Some),
+            };
+            match pack.map_err(|error| one_line(&error))? {
+                Some(pack) => dir.attach(&pack).map(|()| true).map_err(|error| one_line(&error)),
+                None => Ok(false),
+            }
+        });
+    }
+
+    /// Whether file-backed mounts work. A FUSE connection that was kept was made after a trial mount had succeeded, on this same kernel.
+    fn file_backed(&mut self, is_taken_over: bool) -> Result<(), String> {
+        let probed = if is_taken_over { Ok(()) } else { probe_file_backed(&self.state.join("probe")).map_err(|error| one_line(&error)) };
+        self.ways.direct = probed.is_ok();
+        probed.inspect_err(|why| self.ways.refused.push((Way::Direct, why.clone())))
+    }
+
+    /// Whether the configuration wants new mounts of a lazy way, or why not.
+    fn allowed(&self, way: Way) -> Result<(), String> {
+        match (self.config.backend, way) {
+            (BackendChoice::Auto, _) | (BackendChoice::FuseBlob, Way::FuseBlob) | (BackendChoice::Fscache, Way::Fscache) => Ok(()),
+            _ => Err("the configuration chooses another backend".to_owned()),
+        }
+    }
+
+    /// Lets new images use a way that runs, or only those that do already.
+    fn offer(&mut self, way: Arc<dyn Lazy>, allowed: Result<(), String>) {
+        match allowed {
+            Ok(()) => self.ways.lazy.push(way),
+            Err(why) => {
+                self.ways.refused.push((way.way(), why));
+                self.ways.retired.push(way);
+            }
+        }
+    }
+
+    fn refuse<T>(&mut self, way: Way, why: String) -> Option<T> {
+        self.ways.refused.push((way, why));
+        None
+    }
+
+    fn keeper(&self, kept: &'static str) -> Keeper {
+        let (holder, name) = (self.holder.clone(), name(kept));
+        Box::new(move |fd, payload| holder.keep(&name, payload, fd))
+    }
+
+    fn mounted(&self, way: Way) -> impl Iterator<Item = (&Digest, &Mounted)> {
+        self.found.iter().filter(move |(_, image)| image.generations.iter().any(|generation| generation.way == way))
+    }
+
+    fn packs_of(&self, way: Way) -> Vec<Digest> {
+        let packs: BTreeSet<Digest> = self.mounted(way).flat_map(|(_, image)| image.packs.iter().copied()).collect();
+        packs.into_iter().collect()
+    }
+}
+
+/// Where a pack's tables may come from.
+#[derive(Clone, Copy)]
+enum Look {
+    Local,
+    Store,
+}
+
+/// Attaches packs: first all whose tables are local, so that none of them waits for the store (invariant 3); then the others from a thread of its
+/// own, which goes on after [`ATTACH_WAIT`]. `attach` says whether the tables were there.
+fn attach_all(mut packs: Vec<Digest>, attach: impl Fn(&Digest, Look) -> Result<bool, String> + Send + 'static) {
+    let is_missing = move |digest: &Digest, look| {
+        attach(digest, look).map(|attached| !attached).unwrap_or_else(|error| {
+            tracing::warn!(pack = %digest, error, "a mounted pack cannot be read; trying again");
+            true
+        })
+    };
+    packs.retain(|digest| is_missing(digest, Look::Local));
+    if packs.is_empty() {
+        return;
+    }
+    let (done, all_done) = mpsc::channel();
+    let fetch = move || {
+        loop {
+            packs.retain(|digest| is_missing(digest, Look::Store));
             if packs.is_empty() {
                 // Nobody listens any more if it took too long.
                 let _ = done.send(());
@@ -179,9 +280,32 @@ fn attach_all(dir: &Arc<PackDir>, engine: &Arc<Engine>, mut packs: Vec<Digest>) 
             std::thread::sleep(ATTACH_RETRY);
         }
     };
-    match std::thread::Builder::new().name("attach".to_owned()).spawn(attach) {
+    match std::thread::Builder::new().name("attach".to_owned()).spawn(fetch) {
         Ok(_) => _ = all_done.recv_timeout(ATTACH_WAIT),
         Err(error) => tracing::error!(%error, "mounted packs cannot be attached"),
+    }
+}
+
+fn name(constant: &'static str) -> FdName {
+    FdName::new(constant).expect("the constant is a name")
+}
+
+impl Running {
+    /// Takes no more requests from the kernel, or answers none of them with an error: they wait there for the next worker.
+    pub fn stop(&self) {
+        if let Some(objects) = &self.objects {
+            objects.stop();
+        }
+        if let Some(dir) = &self.packs {
+            dir.stop();
+        }
+    }
+
+    /// To be called when the engine has stopped: nothing is filled any more.
+    pub fn settle(&self) {
+        if let Some(objects) = &self.objects {
+            objects.settle();
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The worker: everything but keeping descriptors. It may be killed at any moment.
 //!
 //! ```text
-//! kept descriptors → lock → engine → backends (take over) → what is mounted → packs attached → the kernel is answered
+//! kept descriptors → lock → engine → what is mounted → backends (take over) → packs attached → the kernel is answered
 //!                  → images → snapshots → gRPC answers → "ready"
 //! ```
 //! In this order, because a reader that waited through the last worker's death is answered as soon as its pack is attached, and because containerd
@@ -19,7 +19,7 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
-use super::backends::{Backends, Running};
+use super::backends::{self, Running, TakeOverError};
 use super::client::{Client, ClientError};
 use super::holder::LISTENER;
 use super::link::{HolderLink, KeptByName};
@@ -29,7 +29,6 @@ use crate::image::catalog::Catalog;
 use crate::image::mounts::{MountDir, MountsError};
 use crate::image::{Images, ImagesOptions};
 use crate::metrics::Metrics;
-use crate::mount::PackDirError;
 use crate::serve::{Engine, EngineOptions, ServeError};
 use crate::snapshot::{self, SnapshotError, Snapshots};
 use crate::store::TrustFiles;
@@ -84,9 +83,9 @@ pub enum WorkerError {
     /// What is mounted.
     #[error("existing mounts cannot be taken over")]
     Mounts(#[from] MountsError),
-    /// The directory of packs.
-    #[error("the directory of packs cannot be served")]
-    Packs(#[from] PackDirError),
+    /// What the holder kept.
+    #[error(transparent)]
+    TakeOver(#[from] TakeOverError),
     /// Snapshots.
     #[error("the snapshotter cannot start")]
     Snapshots(#[from] SnapshotError),
@@ -117,12 +116,10 @@ pub fn run(config: &Config, holder: OwnedFd) -> Result<(), WorkerError> {
     let options = EngineOptions { store_dir: config.store.clone(), cache_dir: config.cache.clone(), data_threads: 0, metrics: metrics.clone() };
     let engine = Engine::start(options)?;
     let catalog = Arc::new(Catalog::new(config.store.clone(), state.clone(), TrustFiles(config.trusted_keys.clone())));
-    let backends = Backends::open(config, &state, &engine, &mut kept, &holder);
-    forget_unused(&holder, kept);
     let mount_dir = MountDir::open(&state.join("mounts"))?;
     let mounts = uapi::mount::mounts().map_err(process("reading the mount table"))?;
-    let found = mount_dir.recover(&mounts, |way| backends.alive(way))?;
-    let (ways, running) = backends.start(&engine, &found)?;
+    let found = mount_dir.recover(&mounts, |way| backends::alive(way, &kept))?;
+    let (ways, running) = backends::start(config, &state, &engine, kept, &holder, &found)?;
     let images = Images::start(ImagesOptions { catalog, engine: engine.clone(), ways, mount_dir, found }).map_err(process("starting a thread"))?;
     let snapshots = Snapshots::open(&state, Arc::new(images), metrics)?;
     let served = serve(listener, snapshots, holder, &config.socket);
@@ -132,8 +129,9 @@ pub fn run(config: &Config, holder: OwnedFd) -> Result<(), WorkerError> {
 
 fn stop(running: &Running, engine: &Engine) {
     running.stop();
-    engine.stop();
-    running.settle();
+    if engine.stop() {
+        running.settle();
+    }
     tracing::info!("the worker has ended in order");
 }
 
@@ -201,16 +199,6 @@ fn take_listener(kept: &mut KeptByName) -> Result<std::os::unix::net::UnixListen
     let listener = std::os::unix::net::UnixListener::from(kept.remove(&name).ok_or_else(missing)?.0);
     listener.set_nonblocking(true).map_err(process("setting up the gRPC socket"))?;
     Ok(listener)
-}
-
-/// Descriptors that no part of this worker asked for, such as those of a backend that was configured away.
-fn forget_unused(holder: &HolderLink, kept: KeptByName) {
-    for name in kept.keys() {
-        tracing::warn!(%name, "a kept descriptor is of no use any more");
-        if let Err(error) = holder.forget(name) {
-            tracing::warn!(%name, %error, "the holder cannot be told");
-        }
-    }
 }
 
 /// The state directory as the mount table shows it: without symlinks. For its owner only.

@@ -26,6 +26,7 @@ use uapi::buffer::Pool;
 use crate::cache::disk::{Disk, RingDisk};
 use crate::cache::local::{CacheError, LocalCache};
 use crate::cache::{Pack, Presence, UnitIndex};
+use crate::kernel::vital::Vital;
 use crate::kernel::{Ask, Errno, Serve};
 use crate::metrics::Metrics;
 use crate::store::chunks::{ChunkStore, StoreHandle, UfsChunks};
@@ -223,8 +224,16 @@ impl Engine {
         if let Some(pack) = self.packs().get(digest) {
             return Ok(Arc::clone(pack));
         }
+        self.open(digest, self.table(digest)?)
+    }
+
+    /// As [`Engine::pack`], but never waits for the store: `None` if the tables are not in the local cache.
+    pub fn local_pack(&self, digest: &Digest) -> Result<Option<Arc<Pack>>, ServeError> {
+        self.local_table(digest).map(|table| self.open(digest, table)).transpose()
+    }
+
+    fn open(&self, digest: &Digest, table: PackTable) -> Result<Arc<Pack>, ServeError> {
         let source = self.source();
-        let table = source.table(digest)?;
         // Local work only under the lock, so that one pack's files are not opened twice.
         let mut packs = self.packs();
         if let Some(pack) = packs.get(digest) {
@@ -236,6 +245,16 @@ impl Engine {
         }
         packs.insert(*digest, Arc::clone(&pack));
         Ok(pack)
+    }
+
+    /// A pack's footer and unit table, verified. From the local copy, or else from the store: blocking.
+    pub fn table(&self, digest: &Digest) -> Result<PackTable, ServeError> {
+        self.source().table(digest)
+    }
+
+    /// As [`Engine::table`], but never waits for the store: `None` if the tables are not in the local cache.
+    pub fn local_table(&self, digest: &Digest) -> Option<PackTable> {
+        self.source().local_table(digest)
     }
 
     /// Lets go of packs that no backend has attached: their files are closed once nothing is under way for them. To be called after
@@ -284,14 +303,17 @@ impl Engine {
     }
 
     /// Answers what is under way, saves, and ends the data threads; blocks, for each thread at most for [`DEADLINE`]. Asks that come later
-    /// are answered EIO.
-    pub fn stop(&self) {
+    /// are answered EIO. Whether all of it was done in time.
+    pub fn stop(&self) -> bool {
         self.saver.lock().unwrap_or_else(PoisonError::into_inner).take();
         let (last, others) = self.threads.split_last().expect("an engine has at least one data thread");
-        others.iter().for_each(|thread| thread.stop(Vec::new(), self.deadline));
+        let mut in_time = true;
+        for thread in others {
+            in_time &= thread.stop(Vec::new(), self.deadline);
+        }
         // Whatever is still being written is written by the one that saves, or has been.
         let packs = self.packs().values().cloned().collect();
-        last.stop(packs, self.deadline);
+        last.stop(packs, self.deadline) && in_time
     }
 
     fn source(&self) -> &Source {
@@ -349,6 +371,8 @@ impl DataThread {
             // Panics if the kernel refuses a ring.
             tokio_uring::builder().entries(RING_ENTRIES).start(async {
                 let _ = begun.send(());
+                // From here on: a panic before is an error of the start.
+                let _vital = Vital::thread("a data thread");
                 Rc::new(data()).run(todo).await;
                 // Now, and not when the runtime is gone: it waits for every operation, also one on a hung share.
                 drop(end);
@@ -358,19 +382,22 @@ impl DataThread {
         Ok(DataThread { jobs, ended: Mutex::new(ended) })
     }
 
-    fn stop(&self, save: Vec<Arc<Pack>>, deadline: Duration) {
+    fn stop(&self, save: Vec<Arc<Pack>>, deadline: Duration) -> bool {
         // A thread that was stopped before refuses the job and has ended.
         let _ = self.jobs.send(Job::Stop(save));
-        let _ = self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(deadline);
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(deadline) == Err(sync::RecvTimeoutError::Disconnected)
     }
 }
 
 impl Source {
+    fn local_table(&self, digest: &Digest) -> Option<PackTable> {
+        let (footer, unit_table) = self.cache.tables(digest)?;
+        PackTable::parse_footer(digest, &footer).and_then(|footer| PackTable::parse(footer, &unit_table)).ok()
+    }
+
     /// A pack's tables, verified: the local copy, or else the store's.
     fn table(&self, digest: &Digest) -> Result<PackTable, ServeError> {
-        if let Some((footer, unit_table)) = self.cache.tables(digest)
-            && let Ok(table) = PackTable::parse_footer(digest, &footer).and_then(|footer| PackTable::parse(footer, &unit_table))
-        {
+        if let Some(table) = self.local_table(digest) {
             return Ok(table);
         }
         let unread = |source| ServeError::Read { pack: *digest, source };

@@ -1,6 +1,7 @@
 #!/bin/sh
 # First process of the guest: one image over fscache, as a node would mount it. Environment: DIR (store, key, expected listing), BIN (where
-# the programs are), CHAIN (the image's top chain ID), BIG (path of a large file in it, which must not have been read before the kill).
+# the programs are), CHAIN (the image's top chain ID), BIG and RELOADED (paths of large files in it, which must not have been read before the
+# kill and the reloads).
 # Prints "ok: …" for everything that held and "FAILED: …" for what did not; the test reads the console.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc
@@ -44,6 +45,18 @@ check "the reader got its bytes after the worker was killed" wait $reader
 check "they are the right bytes" cmp /mnt/disk/big "$DIR/tree/$BIG"
 replaced() { [ -n "$(worker)" ] && [ "$(worker)" != "$stopped" ]; }
 check "another worker is there" replaced
+
+# Reloads while a reader asks for one range after the other: what the ending worker cannot serve any more is the next one's.
+: > /mnt/disk/reloaded
+cat "/mnt/m/$RELOADED" > /mnt/disk/reloaded &
+reader=$!
+# A reload at this many bytes of the file.
+reload_at() { n=0; until [ "$(stat -c %s /mnt/disk/reloaded)" -ge "$1" ]; do n=$((n + 1)); [ $n -lt 3000 ] || return 1; sleep 0.01; done; before=$(worker); kill -HUP "$holder"; n=0; until replaced_since "$before"; do n=$((n + 1)); [ $n -lt 600 ] || return 1; sleep 0.05; done; kill -0 $reader 2>/dev/null || echo "the reader was done before the worker"; }
+replaced_since() { [ -n "$(worker)" ] && [ "$(worker)" != "$1" ]; }
+check "the worker is restarted while a file is read" reload_at 1
+check "the worker is restarted again" reload_at 8000000
+check "the reader got its bytes although workers were restarted" wait $reader
+check "those are the right bytes" cmp /mnt/disk/reloaded "$DIR/tree/$RELOADED"
 
 same() { "$BIN/tree-digest" /mnt/m > /mnt/disk/all && tail -n +2 /mnt/disk/all > /mnt/disk/listing && diff "$DIR/expected" /mnt/disk/listing; }
 check "every file is the source's" same

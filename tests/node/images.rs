@@ -63,9 +63,14 @@ impl World {
             }
         };
         let kept = self.kept.lock().expect("no panic").as_ref().map(|(fd, payload)| (fd.try_clone().expect("a copy"), payload.clone()));
-        let (packs, start) = PackDir::open(&state.join("packs"), kept, engine.clone(), Box::new(keep)).expect("a directory of packs");
+        let (at, taken_over) = (state.join("packs"), kept.is_some());
+        let opened = match kept {
+            Some((fd, payload)) => PackDir::take_over(&at, fd, &payload, engine.clone()),
+            None => PackDir::mount(&at, engine.clone(), Box::new(keep)),
+        };
+        let (packs, start) = opened.expect("a directory of packs");
         let mount_dir = MountDir::open(&state.join("mounts")).expect("mount points");
-        let found = mount_dir.recover(&mounts().expect("the mount table"), |_| packs.taken_over()).expect("what was mounted");
+        let found = mount_dir.recover(&mounts().expect("the mount table"), |_| taken_over).expect("what was mounted");
         for image in found.values() {
             for pack in &image.packs {
                 packs.attach(&engine.pack(pack).expect("a pack")).expect("attached");
@@ -73,7 +78,7 @@ impl World {
         }
         packs.serve(start).expect("serving");
         let packs = Arc::new(packs);
-        let ways = Ways { direct: true, lazy: vec![packs.clone() as Arc<dyn Lazy>], refused: Vec::new() };
+        let ways = Ways { direct: true, lazy: vec![packs.clone() as Arc<dyn Lazy>], ..Ways::default() };
         let images = Images::start(ImagesOptions { catalog, engine: engine.clone(), ways, mount_dir, found }).expect("images");
         Worker { images, engine, packs }
     }

@@ -3,4 +3,6 @@
 mod holder;
 mod images;
 mod made_store;
+mod take_over;
+mod view;
 mod worker_kill;

@@ -5,15 +5,15 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use slipway::oci::ChainId;
 use slipway::store::SigningKey;
-use testbed::{Noise, Scratch, Slipwayd, SlipwaydConfig, binary, need, require, run, wait_until};
+use testbed::{Noise, Scratch, Slipwayd, SlipwaydConfig, need, require, wait_until};
 
 use crate::made_store::{FILE_LEN, content, make_store, name};
+use crate::view::View;
 
 const KILLS: usize = 20;
 const READERS: u64 = 8;
@@ -24,35 +24,6 @@ const FILES: u64 = 48;
 const READ_MAX: u64 = 700 * 1024;
 /// Far more than a restart takes.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// The image shown by `slipwayd mount`, until dropped.
-struct View {
-    at: PathBuf,
-    config: PathBuf,
-}
-
-impl View {
-    fn mount(slipwayd: &Slipwayd, chain: &ChainId, at: PathBuf) -> View {
-        fs::create_dir(&at).expect("a directory");
-        let (chain, config) = (chain.oci(), slipwayd.config());
-        let args = ["mount", &chain, at.to_str().expect("text"), "--config", config.to_str().expect("text")];
-        run(&program(), args).expect("the image is mounted");
-        View { at, config }
-    }
-}
-
-impl Drop for View {
-    fn drop(&mut self) {
-        let args = ["umount", self.at.to_str().expect("text"), "--config", self.config.to_str().expect("text")];
-        if let Err(error) = run(&program(), args) {
-            eprintln!("the view stays mounted: {error:#}");
-        }
-    }
-}
-
-fn program() -> String {
-    binary("slipwayd").expect("slipwayd is built").to_str().expect("text").to_owned()
-}
 
 /// What readers share.
 struct Load<'a> {
