@@ -136,6 +136,7 @@ fn run(config: &Config, config_file: &Path) -> anyhow::Result<ExitCode> {
     let options = HolderOptions {
         run_dir: config.run.clone(),
         state_dir: config.state.clone(),
+        cache_dir: config.cache.clone(),
         socket: config.socket.clone(),
         // By path, not /proc/self/exe: a restart of the worker runs what has been installed since.
         worker: std::env::current_exe().context("the path of this program is not known")?,

@@ -10,9 +10,10 @@
 //! One thread, one `poll` loop over signals, the worker's end and its messages. What the holder needs is opened at start, so that no full disk or
 //! hanging store can stop it later.
 
+use std::error::Error;
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
@@ -29,6 +30,12 @@ use super::protocol::{self, FdName, Message};
 
 /// Name of the kept descriptor that is the gRPC listening socket.
 pub const LISTENER: &str = "grpc";
+
+/// The lock of a directory of ours.
+const LOCK: &str = "slipwayd.lock";
+
+/// The lock of the cache: of another name, because it may lie in the state directory itself.
+const CACHE_LOCK: &str = "slipwayd-cache.lock";
 
 /// How long a worker that is asked to end may take: it flushes the cache and its ledger. Readers wait for as long, so it is short; killing it
 /// loses nothing that a crash would not.
@@ -51,6 +58,12 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// (configuration, permissions): the holder ends too and the service manager reports it.
 const GIVE_UP_AFTER: u32 = 3;
 
+/// How long an installed program may take to say its version, before the holder stays what it is. Readers wait meanwhile.
+const VERSION_WAIT: Duration = Duration::from_secs(5);
+
+/// Time between looks at whether it has.
+const VERSION_POLL: Duration = Duration::from_millis(5);
+
 /// Where the holder puts things and what it runs.
 #[derive(Clone, Debug)]
 pub struct HolderOptions {
@@ -58,6 +71,8 @@ pub struct HolderOptions {
     pub run_dir: PathBuf,
     /// Directory of the state that only one daemon may use, made with mode 0700.
     pub state_dir: PathBuf,
+    /// Directory of the cache, which only one daemon may use either.
+    pub cache_dir: PathBuf,
     /// The gRPC socket, made with mode 0600.
     pub socket: PathBuf,
     /// The worker's program.
@@ -128,7 +143,7 @@ enum Ended {
 /// Runs the daemon's holder until it is asked to stop. `passed`: what the service manager kept for us.
 pub fn run(options: &HolderOptions, passed: Vec<(String, OwnedFd)>) -> Result<(), HolderError> {
     let signals = Signals::block().map_err(HolderError::Watch)?;
-    let _locks = [lock(&options.run_dir)?, lock(&options.state_dir)?];
+    let _locks = [lock(&options.run_dir, LOCK)?, lock(&options.state_dir, LOCK)?, lock(&options.cache_dir, CACHE_LOCK)?];
     let payloads = options.run_dir.join("kept");
     let kept = KeptFds::open(&payloads, passed).map_err(setup("opening the directory of kept descriptors", &payloads))?;
     let mut holder = Holder { options, signals, kept, ever_ready: false };
@@ -149,6 +164,8 @@ impl<'a> Holder<'a> {
         let mut young_deaths = 0;
         loop {
             let program = self.program(young_deaths);
+            // Somebody may have removed the socket's file; a worker that nobody can call would end at once.
+            self.open_listener().unwrap_or_else(|error| tracing::error!(error = &error as &dyn Error, "the gRPC socket cannot be made again"));
             let ended = self.one_worker(program)?;
             let nothing_at_stake = !self.ever_ready && self.kept.iter().all(|(name, _)| name.as_str() == LISTENER);
             let give_up = nothing_at_stake && young_deaths + 1 >= GIVE_UP_AFTER;
@@ -188,10 +205,13 @@ impl<'a> Holder<'a> {
             _ => return,
         }
         // A program that cannot even do this would take every mount down with it.
-        match Command::new(program).arg("--version").stdin(Stdio::null()).output() {
-            Ok(output) if output.status.success() => tracing::info!(to = %String::from_utf8_lossy(&output.stdout).trim(), "upgrading the holder"),
-            Ok(output) => return tracing::error!(status = %output.status, "the installed program does not work; the holder stays what it is"),
-            Err(error) => return tracing::error!(%error, "the installed program cannot be run; the holder stays what it is"),
+        match version_of(program) {
+            Ok(version) => tracing::info!(to = version, "upgrading the holder"),
+            Err(error) => return tracing::error!(%error, "the installed program does not work; the holder stays what it is"),
+        }
+        // What has no payload beside it is closed by who comes after.
+        if let Err(error) = self.kept.write_payloads() {
+            return tracing::error!(%error, "descriptors cannot be handed on, is the runtime directory full? The holder stays what it is");
         }
         let fds: Vec<_> = self.kept.iter().map(|(name, kept)| (name.as_str(), kept.fd.as_fd())).collect();
         let error = uapi::process::exec_keeping(program, &self.options.holder_args, &fds);
@@ -208,9 +228,10 @@ impl<'a> Holder<'a> {
 
     /// Runs one worker to its end.
     fn one_worker(&mut self, program: &Path) -> Result<Ended, HolderError> {
-        let (ours, theirs) = fdpass::pair().map_err(HolderError::Watch)?;
-        let mut worker = match Child::spawn(program, &self.options.worker_args, theirs) {
-            Ok(worker) => worker,
+        let started = fdpass::pair().and_then(|(ours, theirs)| Ok((ours, Child::spawn(program, &self.options.worker_args, theirs)?)));
+        // Also when it is for want of descriptors: ending would close every device.
+        let (ours, mut worker) = match started {
+            Ok(started) => started,
             Err(error) => return Ok(Ended::NotStarted(error)),
         };
         tracing::info!(pid = worker.id(), kept = self.kept.iter().count(), "started a worker");
@@ -346,6 +367,33 @@ impl<'a> Holder<'a> {
     }
 }
 
+/// What `program --version` prints, if it succeeds within [`VERSION_WAIT`].
+fn version_of(program: &Path) -> io::Result<String> {
+    let mut child = Command::new(program).arg("--version").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    let deadline = Instant::now() + VERSION_WAIT;
+    let status = loop {
+        match child.try_wait()? {
+            Some(status) => break status,
+            None if Instant::now() < deadline => std::thread::sleep(VERSION_POLL),
+            None => {
+                // Not waited for, because what hangs in the kernel does not even die: one entry in the process table is the price.
+                child.kill()?;
+                return Err(io::Error::new(io::ErrorKind::TimedOut, format!("{} --version does not end", program.display())));
+            }
+        }
+    };
+    if !status.success() {
+        return Err(io::Error::other(format!("{} --version ended with {status}", program.display())));
+    }
+    let mut text = [0; 256];
+    let len = match child.stdout.take() {
+        // What it left running may hold the pipe open and empty.
+        Some(mut stdout) if wait_readable([stdout.as_fd()], Some(Duration::ZERO))? == [true] => stdout.read(&mut text)?,
+        _ => 0,
+    };
+    Ok(String::from_utf8_lossy(&text[..len]).trim().to_owned())
+}
+
 /// How long to wait before the next worker after so many young deaths in a row.
 fn pause_after(young_deaths: u32) -> Duration {
     match young_deaths.checked_sub(FREE_RESTARTS + 1) {
@@ -361,9 +409,9 @@ fn private_dir(dir: &Path) -> Result<(), HolderError> {
 }
 
 /// Takes the lock that says that one daemon uses `dir`. It ends with the process.
-fn lock(dir: &Path) -> Result<File, HolderError> {
+fn lock(dir: &Path, name: &str) -> Result<File, HolderError> {
     private_dir(dir)?;
-    let path = dir.join("slipwayd.lock");
+    let path = dir.join(name);
     let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(setup("opening the lock", &path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -390,6 +438,7 @@ mod tests {
         HolderOptions {
             run_dir: dir.join("run"),
             state_dir: dir.join("state"),
+            cache_dir: dir.join("cache"),
             socket: dir.join("run/slipway.sock"),
             worker: "/bin/sh".into(),
             fallback: None,
@@ -441,9 +490,28 @@ mod tests {
     fn one_daemon_per_directory() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let options = options(dir.path(), "exit 1");
-        let held = lock(&options.state_dir).expect("lock");
-        assert!(matches!(run(&options, Vec::new()), Err(HolderError::AlreadyRunning { lock }) if lock.starts_with(&options.state_dir)));
-        drop(held);
+        for (dir, name) in [(&options.state_dir, LOCK), (&options.cache_dir, CACHE_LOCK)] {
+            let _held = lock(dir, name).expect("lock");
+            assert!(matches!(run(&options, Vec::new()), Err(HolderError::AlreadyRunning { lock }) if lock.starts_with(dir)));
+        }
         assert!(matches!(run(&options, Vec::new()), Err(HolderError::GaveUp { .. })));
+    }
+    #[test]
+    fn the_version_of_a_program_that_hangs_is_not_waited_for() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let program = |script: &str| {
+            let path = dir.path().join("program");
+            fs::write(dir.path().join("new"), format!("#!/bin/sh\n{script}\n")).expect("written");
+            fs::set_permissions(dir.path().join("new"), fs::Permissions::from_mode(0o755)).expect("executable");
+            fs::rename(dir.path().join("new"), &path).expect("installed");
+            path
+        };
+        assert_eq!(version_of(&program("echo slipwayd 9")).expect("a version"), "slipwayd 9");
+        assert_eq!(version_of(&program("exit 0")).expect("a silent one"), "");
+        assert!(version_of(&program("echo slipwayd 9; exit 1")).is_err());
+        let start = Instant::now();
+        let error = version_of(&program("exec sleep 1000")).expect_err("it hangs");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(start.elapsed() < VERSION_WAIT * 4, "{:?}", start.elapsed());
     }
 }

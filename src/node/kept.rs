@@ -82,6 +82,14 @@ impl KeptFds {
         fs::remove_file(self.payload_dir.join(name.as_str()))
     }
 
+    /// Makes sure that every payload is on file, as for a successor that is to find them.
+    pub fn write_payloads(&self) -> io::Result<()> {
+        self.fds.iter().try_for_each(|(name, kept)| match fs::read(self.payload_dir.join(name.as_str())) {
+            Ok(there) if there == kept.payload => Ok(()),
+            _ => self.write_payload(name, &kept.payload),
+        })
+    }
+
     fn write_payload(&self, name: &FdName, payload: &[u8]) -> io::Result<()> {
         // The dot keeps a half-written file from ever being taken for a payload: no name begins with one.
         let temporary = self.payload_dir.join(format!(".{name}"));
@@ -127,5 +135,20 @@ mod tests {
         let kept = KeptFds::open(&payloads, passed).expect("open again");
         let found: Vec<_> = kept.iter().map(|(name, kept)| (name.as_str(), kept.payload.as_slice())).collect();
         assert_eq!(found, [("fuse", &b"new"[..])]);
+    }
+
+    #[test]
+    fn payloads_are_written_again_or_it_is_an_error() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let payloads = dir.path().join("kept");
+        let mut kept = KeptFds::open(&payloads, Vec::new()).expect("open");
+        kept.keep(name("fuse"), some_fd(), b"payload".to_vec()).expect("keep");
+        for spoil in [|file: &Path| fs::remove_file(file), |file: &Path| fs::write(file, "other")] {
+            spoil(&payloads.join("fuse")).expect("spoilt");
+            kept.write_payloads().expect("written");
+            assert_eq!(fs::read(payloads.join("fuse")).expect("a payload"), b"payload");
+        }
+        fs::remove_dir_all(&payloads).expect("removed");
+        kept.write_payloads().expect_err("there is nowhere to write to");
     }
 }

@@ -173,6 +173,17 @@ fn a_killed_worker_is_followed_by_one_with_the_same_descriptors() {
 }
 
 #[test]
+fn a_removed_socket_is_there_again_with_the_next_worker() {
+    require_kernel!();
+    let mut manager = Manager::start("holder-socket");
+    let mounted = manager.pack_dir();
+    fs::remove_file(manager.scratch.join("run/slipway.sock")).expect("the socket");
+    manager.until_next_worker(|manager, _| manager.signal(Signal::HUP));
+    assert_eq!(manager.pack_dir(), mounted);
+    manager.assert_serves();
+}
+
+#[test]
 fn a_hangup_restarts_the_worker_in_order() {
     require_kernel!();
     let mut manager = Manager::start("holder-hup");
@@ -198,6 +209,15 @@ fn a_hangup_after_an_installation_upgrades_both_processes() {
     let worker = manager.until_next_worker(|manager, _| manager.signal(Signal::HUP));
     assert_eq!([running(manager.daemon.id()), running(worker)], [installed; 2]);
     assert_eq!((manager.pack_dir(), manager.listener(worker)), (mounted.clone(), listener.clone()));
+    manager.assert_serves();
+
+    // Where it cannot find again what is kept, it is not run.
+    fs::copy(binary("slipwayd").expect("slipwayd is built"), manager.scratch.join("new")).expect("a copy of the program");
+    fs::rename(manager.scratch.join("new"), &program).expect("installed");
+    fs::remove_dir_all(manager.scratch.join("run/kept")).expect("removed");
+    manager.until_next_worker(|manager, _| manager.signal(Signal::HUP));
+    assert_eq!(running(manager.daemon.id()), installed);
+    assert_eq!(manager.pack_dir(), mounted);
     manager.assert_serves();
 
     // One that does not work is left alone: the holder goes on, and runs as worker what it itself is.
