@@ -12,6 +12,7 @@ use slipway::store::key::KeyError;
 use slipway::store::record::MAX_PACKS;
 
 use crate::layer::ConvertError;
+use crate::printable::printable;
 use crate::stop::{INTERRUPTED, Stopped};
 
 /// A command's failure. Variants are by who has to act: the image's owner, the store's, the user.
@@ -212,12 +213,26 @@ impl Failure {
         }
     }
 
-    /// The message with everything that led to it, one cause per line.
+    /// The message with everything that led to it, one cause per line, whatever an image's documents hold.
     pub fn report(&self) -> String {
-        let mut text = format!("error: {self}");
+        if let Failure::Source(error) = self
+            && let OciError::EveryHost { what, errors } = &**error
+        {
+            // One line for each, as its own text has them; but each made printable by itself.
+            let line = |(host, error): &(String, OciError)| {
+                let (mut text, mut cause) = (error.to_string(), error.source());
+                while let Some(error) = cause {
+                    text.push_str(&format!(": {error}"));
+                    cause = error.source();
+                }
+                format!("\n  {}: {}", printable(host), printable(&text))
+            };
+            return format!("error: no host gave {}:{}", printable(what), errors.iter().map(line).collect::<String>());
+        }
+        let mut text = format!("error: {}", printable(&self.to_string()));
         let mut cause: Option<&dyn Error> = self.source();
         while let Some(error) = cause {
-            text.push_str(&format!("\n  because: {error}"));
+            text.push_str(&format!("\n  because: {}", printable(&error.to_string())));
             cause = error.source();
         }
         text
@@ -239,5 +254,27 @@ fn source_exit_code(error: &OciError) -> u8 {
         | OciError::HostsFile { .. }
         | OciError::Certificate { .. }
         | OciError::Client { .. } => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_image_says_of_itself_cannot_pass_for_a_message_of_ours() {
+        let reason = "its media type is \u{1b}[2Jx\nerror: all is lost".to_owned();
+        let inner = OciError::Unsupported { what: "the manifest of app:1\r".to_owned(), reason };
+        let source = ConvertError::Read { offset: 0, source: io::Error::other("\u{1b}c\nerror: x") };
+        let outer = Failure::Layer { layer: "layer 1".to_owned(), image: "app:1".to_owned(), source: Box::new(source) };
+        let status = |detail: &str| OciError::Status { host: "h".to_owned(), what: "m".to_owned(), status: 500, tries: 1, detail: detail.to_owned() };
+        let errors = vec![("mirror".to_owned(), status("; \u{1b}\nerror: x")), ("registry".to_owned(), status(""))];
+        let every = OciError::EveryHost { what: "manifest 1".to_owned(), errors };
+        for (failure, lines) in [(Failure::from(inner), 1), (outer, 3), (every.into(), 3)] {
+            let report = failure.report();
+            assert!(!report.chars().any(|c| c.is_control() && c != '\n'), "{report:?}");
+            assert_eq!(report.lines().count(), lines, "{report:?}");
+            assert!(report.contains("\\u{1b}") && report.contains("\\nerror: "), "{report:?}");
+        }
     }
 }

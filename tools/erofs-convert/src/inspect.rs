@@ -8,6 +8,7 @@ use slipway::oci::{Access, Sha256, Source};
 use slipway::store::{ImageRoot, Name, Store};
 
 use crate::failure::Failure;
+use crate::printable::printable;
 use crate::progress::bytes;
 
 /// All images of a store; a damaged root is reported and left out.
@@ -50,7 +51,7 @@ pub fn list_text(images: &[ImageRoot]) -> String {
     rows.extend(images.iter().map(|image| {
         let sizes = &image.sizes;
         let manifest = image.manifest.to_string()[..12].to_owned();
-        [image.source.clone(), image.platform.clone(), image.layers.len().to_string(), bytes(sizes.content), bytes(sizes.stored), manifest]
+        [printable(&image.source), printable(&image.platform), image.layers.len().to_string(), bytes(sizes.content), bytes(sizes.stored), manifest]
     }));
     table(&rows)
 }
@@ -100,8 +101,8 @@ pub fn show_text(shown: &Shown) -> String {
     let root = &shown.root;
     let mut text = format!(
         "image     {}\nplatform  {}\nmanifest  {}\nchain     {}\nmetadata  {} ({})\ncontent   {} in {} inodes\nstored    {}\n\n",
-        root.source,
-        root.platform,
+        printable(&root.source),
+        printable(&root.platform),
         root.manifest.oci(),
         root.chain.oci(),
         root.metadata,
@@ -174,6 +175,25 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_in_a_list_cannot_break_out_of_it() {
+        let none = Sha256::of(b"");
+        let image = ImageRoot {
+            source: "a\u{1b}[2J\nb".to_owned(),
+            target: None,
+            platform: "linux/\u{7}".to_owned(),
+            manifest: none,
+            chain: slipway::oci::ChainId(none),
+            metadata: Digest::of(b""),
+            layers: Vec::new(),
+            sizes: Default::default(),
+        };
+        for (text, lines) in [(list_text(std::slice::from_ref(&image)), 2), (show_text(&Shown { root: image, packs: Vec::new() }), 11)] {
+            assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");
+            assert!(text.lines().count() == lines && text.contains("a\\u{1b}[2J\\nb"), "{text}");
+        }
+    }
 
     #[test]
     fn columns_line_up() {

@@ -4,6 +4,7 @@
 //! layer tree and packs, [`convert`] publishes them, folds all layers and makes the result visible. [`check`] goes the other way with
 //! none of [`layer`]'s code: it compares what the store gives back with what the source's archives say.
 
+pub mod printable;
 pub mod stop;
 pub mod layer;
 pub mod failure;

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::printable::printable;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 /// A long layer says something this often where there are no bars: seldom enough for a log, often enough to see that it lives.
@@ -39,6 +40,7 @@ impl Progress {
 
     /// A line that stays.
     pub fn say(&self, line: &str) {
+        let line = &printable(line);
         match self {
             // With the terminal or the pipe gone there is nobody to tell, which is no reason to stop. (`eprintln!` would panic.)
             Progress::Bars(bars) => drop(bars.println(line)),

@@ -27,6 +27,7 @@ use crate::layer::ConvertError;
 use crate::pack_file::PackFile;
 use crate::parallel::in_parallel;
 use crate::pipe;
+use crate::printable::printable;
 use crate::stop::{self, StoppableReader};
 use crate::unpack::Unpack;
 
@@ -130,7 +131,7 @@ fn compare_data(
 
 /// The result for people: one line per difference, then a summary.
 pub fn text(differences: &Differences) -> String {
-    let mut text: String = differences.shown.iter().map(|d| format!("{}: {}\n", d.path, d.what)).collect();
+    let mut text: String = differences.shown.iter().map(|d| format!("{}: {}\n", printable(&d.path), printable(&d.what))).collect();
     if differences.count > differences.shown.len() {
         text.push_str(&format!("… and {} more\n", differences.count - differences.shown.len()));
     }

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::Converted;
+use crate::printable::printable;
 use crate::progress::bytes;
 
 /// For people.
@@ -12,8 +13,8 @@ pub fn text(done: &Converted) -> String {
     format!(
         "{} ({})\n  manifest  sha256:{}\n  chain     sha256:{}\n  metadata  {} ({})\n  layers    {} ({reused} reused)\n  \
          content   {} in {} inodes\n  stored    {} in {} packs\n  seconds   {:.1}\n",
-        root.source,
-        root.platform,
+        printable(&root.source),
+        printable(&root.platform),
         root.manifest,
         root.chain,
         root.metadata,
