@@ -3,12 +3,16 @@
 //! `images/<aa>/<sha256 of source reference>/<manifest digest>.json` holds the JSON of an [`ImageRoot`], fields in the order of the
 //! struct, indented. It is not signed: it says what to keep, never what to believe.
 
+use std::cmp::Reverse;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use erofs::digest::Digest;
+use rustix::fs::{AtFlags, Timespec, Timestamps, UTIME_NOW, utimensat};
 use serde::{Deserialize, Serialize};
 
+use super::error::Doing;
 use super::publish::Published;
 use super::record::Sizes;
 use super::{Name, Store, StoreError, open, text};
@@ -66,15 +70,32 @@ impl ImageRoot {
 }
 
 impl Store {
-    /// Publishes an image root, replacing what was said of the same source and manifest. It comes last in a conversion: everything it
-    /// names must have been published before (invariant 2).
+    /// Publishes an image root, replacing what was said of the same source and manifest; from now on it is the newest of its source and platform.
+    /// It comes last in a conversion: everything it names must have been published before (invariant 2).
     pub fn put_image(&self, root: &ImageRoot) -> Result<Published, StoreError> {
         let mut temp = self.temp()?;
         temp.write_all(&root.encode()).map_err(|error| StoreError::writing(temp.path(), error))?;
-        self.publish(temp, &root.name())
+        let published = self.publish(temp, &root.name())?;
+        if published == Published::Present {
+            self.renew(&root.name().path());
+        }
+        Ok(published)
     }
 
-    /// All image roots, ordered by source reference, then manifest; then, as errors, the files there that are no image roots.
+    /// Makes a file as young as one written now, by the store's own clock.
+    fn renew(&self, path: &Path) {
+        let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+        let (dir, name) = (path.parent().expect("a root lies in a directory"), path.file_name().expect("a root has a name"));
+        let renewed = open::directory(&self.root, dir, &self.shown(dir), Doing::Writing).and_then(|dir| {
+            let times = Timestamps { last_access: now, last_modification: now };
+            utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW).map_err(|errno| StoreError::from_errno(Doing::Writing, &self.shown(path), errno))
+        });
+        if let Err(error) = renewed {
+            tracing::warn!(%error, "an image root stays as old as it was: another version of the image may be taken for newer");
+        }
+    }
+
+    /// All image roots, ordered by source reference, then platform, the newest first; then, as errors, the files there that are no image roots.
     pub fn images(&self) -> Result<Vec<Result<ImageRoot, StoreError>>, StoreError> {
         let (mut roots, mut errors) = (Vec::new(), Vec::new());
         for path in self.files_below(Path::new("images"), 2)? {
@@ -84,17 +105,21 @@ impl Store {
                 Err(error) => return Err(error),
             }
         }
-        roots.sort_by(|a, b| (&a.source, a.manifest).cmp(&(&b.source, b.manifest)));
-        Ok(roots.into_iter().map(Ok).chain(errors).collect())
+        roots.sort_by(|(a, at), (b, bt)| (&a.source, &a.platform, Reverse(at), a.manifest).cmp(&(&b.source, &b.platform, Reverse(bt), b.manifest)));
+        Ok(roots.into_iter().map(|(root, _)| Ok(root)).chain(errors).collect())
     }
 
-    fn read_root(&self, path: &Path) -> Result<ImageRoot, StoreError> {
+    /// An image root and when it was published last.
+    fn read_root(&self, path: &Path) -> Result<(ImageRoot, SystemTime), StoreError> {
+        let shown = self.shown(path);
+        let modified = open::regular(&self.root, path, &shown)?.metadata().and_then(|metadata| metadata.modified());
+        let modified = modified.map_err(|error| StoreError::from_io(Doing::Reading, &shown, error))?;
         let damaged = |reason: String| StoreError::Damaged { path: self.shown(path), reason };
         let root: ImageRoot = serde_json::from_slice(&self.read_small(path)?).map_err(|error| damaged(error.to_string()))?;
         if root.name().path() != path {
             return Err(damaged("it is the root of another image than its name says".to_owned()));
         }
-        Ok(root)
+        Ok((root, modified))
     }
 
     /// Paths of what lies `depth` directories below `dir`. What is no directory on the way down is passed over.
@@ -154,6 +179,27 @@ mod tests {
         assert_eq!(sample.store.put_image(&tagged).unwrap(), Published::Replaced);
         let listed: Vec<ImageRoot> = sample.store.images().unwrap().into_iter().map(Result::unwrap).collect();
         assert_eq!(listed, [tagged, b]);
+    }
+
+    #[test]
+    fn of_one_name_the_version_converted_last_comes_first() {
+        let sample = Sample::new();
+        let one = root(&sample, "example.com/a:1");
+        let other = ImageRoot { manifest: Sha256::of(b"pushed later"), ..one.clone() };
+        let arm = ImageRoot { platform: "linux/arm64".to_owned(), manifest: Sha256::of(b"arm"), ..one.clone() };
+        let age = |root: &ImageRoot| {
+            // As if this had been a while ago: two conversions may fall into one tick of the clock.
+            let file = fs::File::options().write(true).open(sample.store.dir().join(root.name().path())).unwrap();
+            file.set_modified(SystemTime::now() - std::time::Duration::from_secs(60)).unwrap();
+        };
+        for (converted, expected) in
+            [(&one, vec![&one]), (&arm, vec![&one, &arm]), (&other, vec![&other, &one, &arm]), (&one, vec![&one, &other, &arm])]
+        {
+            sample.store.put_image(converted).unwrap();
+            let listed: Vec<ImageRoot> = sample.store.images().unwrap().into_iter().map(Result::unwrap).collect();
+            assert_eq!(listed.iter().collect::<Vec<_>>(), expected);
+            listed.iter().for_each(age);
+        }
     }
 
     #[test]

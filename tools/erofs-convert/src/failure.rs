@@ -113,7 +113,7 @@ pub enum Failure {
         store: PathBuf,
     },
     /// Several images have the name.
-    #[error("{name} is in the store for several platforms or versions: {}; name one by its manifest digest", .choices.join(", "))]
+    #[error("{name} is in the store for several platforms: {}; name one by its manifest digest", .choices.join(", "))]
     Ambiguous {
         /// What was asked for.
         name: String,

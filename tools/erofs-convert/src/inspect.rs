@@ -23,23 +23,32 @@ pub fn images(store: &Store) -> Result<Vec<ImageRoot>, Failure> {
     Ok(images)
 }
 
-/// The image called `name`: a source as it was given to `convert`, or the digest of a manifest.
+/// The image called `name`: a source as it was given to `convert`, of which the newest version is taken, or the digest of a manifest.
 pub fn find(store: &Store, name: &str) -> Result<ImageRoot, Failure> {
     // What is no source may still be a digest.
     let source = Source::parse(name, &Access::default()).map(|source| source.name()).ok();
     let digest: Option<Sha256> = name.parse().ok();
     let matches = |image: &ImageRoot| image.source == name || Some(&image.source) == source.as_ref() || Some(image.manifest) == digest;
-    let mut found: Vec<ImageRoot> = images(store)?.into_iter().filter(matches).collect();
-    match found.len() {
+    // The newest of each platform, and what there was before; they come newest first.
+    let (mut newest, mut older): (Vec<ImageRoot>, Vec<ImageRoot>) = Default::default();
+    for image in images(store)?.into_iter().filter(matches) {
+        // The same image under several names is one image.
+        let same = |other: &ImageRoot| digest.is_some() || (&other.source, &other.platform) == (&image.source, &image.platform);
+        if newest.iter().any(same) { older.push(image) } else { newest.push(image) }
+    }
+    match newest.len() {
         0 => Err(Failure::NotConverted { name: name.to_owned(), store: store.dir().to_owned() }),
-        1 => Ok(found.remove(0)),
-        _ => {
-            // The same image under several names is one image.
-            let first = found.remove(0);
-            if digest.is_some() {
-                return Ok(first);
+        1 => {
+            let newest = newest.remove(0);
+            let others: Vec<String> = older.iter().filter(|other| other.manifest != newest.manifest).map(|other| other.manifest.oci()).collect();
+            if !others.is_empty() {
+                let taken = newest.manifest.oci();
+                tracing::warn!(image = name, taken, others = others.join(", "), "several versions are in the store: this is the newest");
             }
-            let choices = std::iter::once(&first).chain(&found).map(|i| format!("{} {}", i.platform, i.manifest.oci())).collect();
+            Ok(newest)
+        }
+        _ => {
+            let choices = newest.iter().map(|image| format!("{} {}", image.platform, image.manifest.oci())).collect();
             Err(Failure::Ambiguous { name: name.to_owned(), choices })
         }
     }

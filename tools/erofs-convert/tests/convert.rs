@@ -121,6 +121,28 @@ fn what_is_damaged_in_the_store_is_made_again() {
 }
 
 #[test]
+fn of_an_image_pushed_anew_the_version_converted_last_is_meant() {
+    let ground = Ground::new("versions");
+    let image = |content: &str| Image::new().layer(&Layer::new([Entry::file("a", content)]), Compression::Plain);
+    let manifests: Vec<String> = ["one", "two", "one"]
+        .into_iter()
+        .map(|content| {
+            ground.layout.add("1", &image(content)).unwrap();
+            ground.convert("oci:img:1")["manifest"].as_str().unwrap().to_owned()
+        })
+        .collect();
+    assert!(manifests[0] == manifests[2] && manifests[0] != manifests[1]);
+    let (newest, older) = (&manifests[0], &manifests[1]);
+    for name in ["oci:img:1", newest] {
+        let shown = ground.run(&["show", name, "--json"]);
+        assert_eq!(shown.json()["manifest"], **newest, "{}", shown.err);
+        assert_eq!(shown.err.contains(older), name == "oci:img:1", "{}", shown.err);
+    }
+    assert_eq!(ground.run(&["show", older, "--json"]).json()["manifest"], **older);
+    assert_eq!(ground.run(&["check", "oci:img:1", "oci:img:1"]).code, 0);
+}
+
+#[test]
 fn check_tells_another_image_apart() {
     let ground = Ground::new("check");
     let image = |content: &str| Image::new().layer(&Layer::new([Entry::dir("d"), Entry::file("d/a", content)]), Compression::Plain);
