@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use slipway::config::Config;
+use slipway::store::{SigningKey, Store};
 
 fn deployed(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy").join(name);
@@ -39,6 +40,36 @@ fn the_example_configuration_shows_every_setting() {
     let mut expected = keys(&String::from_utf8(checked.stdout).expect("text"));
     expected.insert("version".to_owned());
     assert_eq!(keys(&with_all_settings(&deployed("slipwayd.toml"))), expected);
+}
+
+#[test]
+fn check_config_tells_what_run_would_refuse_from_what_may_come_later() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (root, file) = (dir.path(), dir.path().join("slipwayd.toml"));
+    fs::create_dir(root.join("store")).expect("a directory");
+    Store::create(&root.join("store")).expect("a store");
+    SigningKey::load_or_create(&root.join("key.pem")).expect("a key");
+    fs::write(root.join("a-file"), "").expect("a file");
+    let check = |edit: (&str, &str), code: i32, parts: &[&str]| {
+        let good =
+            "version = 1\nstore = \"R/store\"\nstate = \"R/state/deeper\"\nrun = \"R/run\"\ntrusted_keys = [\"R/key.pem.pub\"]\nlog = \"info\"\n";
+        fs::write(&file, good.replace(edit.0, edit.1).replace('R', root.to_str().expect("text"))).expect("written");
+        let done = Command::new(env!("CARGO_BIN_EXE_slipwayd")).args(["check-config", "--config"]).arg(&file).output().expect("slipwayd runs");
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(code), "{edit:?}: {said}");
+        assert!(parts.iter().all(|part| said.contains(part)) && said.is_empty() == parts.is_empty(), "{edit:?}: {said}");
+        assert_eq!(said.contains("warning: "), code == 0 && !parts.is_empty(), "{edit:?}: {said}");
+    };
+    check(("", ""), 0, &[]);
+    check(("R/store", "R/absent"), 0, &["/absent", "is mounted"]);
+    check(("R/store", "R"), 0, &["is no Slipway store"]);
+    check(("R/key.pem.pub", "R/absent.pub"), 0, &["/absent.pub", "no key to trust"]);
+    check(("info", "slipway=loud"), 2, &["slipway=loud"]);
+    check(("state/deeper", "st:ate"), 2, &["/st:ate", "':'"]);
+    check(("state/deeper", &"long/".repeat(40)), 2, &["too long a path"]);
+    check(("state/deeper", "a-file/state"), 2, &["/a-file is no directory"]);
+    check(("R/run", &format!("R/{}", "long/".repeat(25))), 2, &["slipway.sock cannot be made"]);
+    assert!(!root.join("state").exists(), "nothing is made");
 }
 
 #[test]

@@ -51,6 +51,8 @@ enum Command {
     /// Run the daemon (what happens without a command)
     Run,
     /// Check the configuration file and say what it sets
+    ///
+    /// What `run` would refuse is an error. What may come later, such as a store that is not mounted now, is a warning.
     CheckConfig,
     /// Mount an image of the store read-only at a directory, without containerd
     ///
@@ -83,10 +85,7 @@ fn main() -> ExitCode {
     let done = match cli.command.unwrap_or(Command::Run) {
         Command::Run => run(&config, &cli.config.config),
         Command::Worker => work(&config),
-        Command::CheckConfig => {
-            print!("{}", settings(&config));
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::CheckConfig => Ok(check_config(&config)),
         Command::Mount { chain, dir } => mount_view(&config, &chain, &dir),
         Command::Umount { dir } => unmount_view(&config, &dir),
     };
@@ -117,8 +116,52 @@ fn settings(config: &Config) -> String {
     lines.join("\n")
 }
 
+fn check_config(config: &Config) -> ExitCode {
+    print!("{}", settings(config));
+    absent(config).iter().for_each(|warning| eprintln!("slipwayd: warning: {warning:#}"));
+    let refused = refused(config);
+    refused.iter().for_each(|error| eprintln!("slipwayd: {error:#}"));
+    if refused.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_USAGE) }
+}
+
+/// What `run` would not start with.
+fn refused(config: &Config) -> Vec<anyhow::Error> {
+    let socket = std::os::unix::net::SocketAddr::from_pathname(&config.socket);
+    let state = future_path(&config.state).and_then(|state| Ok(worker::check_state_path(&state)?));
+    let others = [&config.cache, &config.run].map(|dir| future_path(dir).map(drop));
+    let socket = socket.map(drop).with_context(|| format!("the socket {} cannot be made", config.socket.display()));
+    [log_filter(config).map(drop), state, socket].into_iter().chain(others).filter_map(Result::err).collect()
+}
+
+/// What is not there, without which every pull is a plain one until it is.
+fn absent(config: &Config) -> Vec<anyhow::Error> {
+    let (trust, errors) = TrustFiles(config.trusted_keys.clone()).load_readable();
+    let mut absent: Vec<anyhow::Error> = errors.into_iter().map(Into::into).collect();
+    if trust.0.is_empty() {
+        absent.push(anyhow::anyhow!("there is no key to trust: no image is used"));
+    }
+    absent.extend(Store::open(&config.store).err().map(anyhow::Error::from));
+    absent
+}
+
+/// A directory's path without symlinks, also if it is still to be made.
+fn future_path(dir: &Path) -> anyhow::Result<PathBuf> {
+    let there = dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    if !there.is_dir() {
+        bail!("{} cannot be made: {} is no directory", dir.display(), there.display());
+    }
+    let real = there.canonicalize().with_context(|| format!("{} cannot be looked at", there.display()))?;
+    // Without the separator that joining nothing would add.
+    let rest = dir.strip_prefix(there).unwrap_or(dir);
+    Ok(if rest.as_os_str().is_empty() { real } else { real.join(rest) })
+}
+
+fn log_filter(config: &Config) -> anyhow::Result<EnvFilter> {
+    EnvFilter::try_new(&config.log).with_context(|| format!("the log filter {:?} of the configuration cannot be used", config.log))
+}
+
 fn log_to_stderr(config: &Config) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&config.log).with_context(|| format!("the log filter {:?} of the configuration cannot be used", config.log))?;
+    let filter = log_filter(config)?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
     // Otherwise a line that cannot be written (a full disk, a log that went away) is reported with `eprintln`, which panics for the same reason;
     // in the holder that would be the end of every mount.

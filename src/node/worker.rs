@@ -203,15 +203,20 @@ fn take_listener(kept: &mut KeptByName) -> Result<std::os::unix::net::UnixListen
 
 /// The state directory as the mount table shows it: without symlinks. For its owner only.
 fn state_dir(path: &Path) -> Result<PathBuf, WorkerError> {
-    /// The longest path below it that becomes an option: `/packs/<digest>`.
-    const LONGEST: usize = "/packs/".len() + 64;
     let failed = |source| WorkerError::State { path: path.to_owned(), source };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
     let path = path.canonicalize().map_err(failed)?;
-    match path.as_os_str().len() + LONGEST {
-        ..=OPTION_MAX => Ok(path),
-        _ => Err(WorkerError::LongPath { path, suffix: LONGEST }),
+    check_state_path(&path).map(|()| path)
+}
+
+/// Whether a state directory can have this path, which has no symlinks in it.
+pub fn check_state_path(path: &Path) -> Result<(), WorkerError> {
+    /// The longest path below it that becomes an option: `/packs/<digest>`.
+    const LONGEST: usize = "/packs/".len() + 64;
+    if path.as_os_str().len() + LONGEST > OPTION_MAX {
+        return Err(WorkerError::LongPath { path: path.to_owned(), suffix: LONGEST });
     }
+    Ok(snapshot::check_state_path(path)?)
 }
 
 /// Takes the lock that one worker has at a time.

@@ -8,7 +8,7 @@
 //! snapshot needs), [`dirs`] (where plain content lives), [`usage`] (what it takes), [`lowers`] (images mounted while in use),
 //! [`requests`] (what each call does) and [`service`] (the calls themselves).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 pub mod proto;
 pub mod ledger;
@@ -57,4 +57,12 @@ pub enum SnapshotError {
         #[source]
         source: tonic::transport::Error,
     },
+}
+
+/// Whether overlayfs can be told a state directory of this path.
+pub fn check_state_path(state: &Path) -> Result<(), SnapshotError> {
+    match state.to_str() {
+        Some(text) if !text.contains([':', ',', '\\']) => Ok(()),
+        _ => Err(SnapshotError::UnfitPath { path: state.to_owned() }),
+    }
 }

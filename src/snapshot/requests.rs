@@ -15,7 +15,7 @@ use super::ledger::{Kind, Ledger, LedgerError, Lineage, NewSnapshot, Row, Snapsh
 use super::lowers::{LowerError, LowerImages, Lowers};
 use super::mounts::Layout;
 use super::proto::Mount;
-use super::{SnapshotError, TARGET_REF, usage};
+use super::{SnapshotError, TARGET_REF, check_state_path, usage};
 use crate::metrics::Metrics;
 use crate::oci::{ChainId, Sha256};
 
@@ -76,9 +76,7 @@ impl Snapshots {
     /// Takes up what is below `state` (made if missing), clears what crashes left there, and tells `images` what is in use. Waits for the
     /// local disk only.
     pub fn open(state: &Path, images: Arc<dyn LowerImages>, metrics: Arc<Metrics>) -> Result<Snapshots, SnapshotError> {
-        if state.to_str().is_none_or(|text| text.contains([':', ',', '\\'])) {
-            return Err(SnapshotError::UnfitPath { path: state.to_owned() });
-        }
+        check_state_path(state)?;
         let layout = Layout::new(state, overlay_options());
         let dirs = Dirs::open(state, layout)?;
         let ledger = Arc::new(Ledger::open(&state.join("ledger.redb"))?);
