@@ -56,7 +56,8 @@ enum Command {
     CheckConfig,
     /// Mount an image of the store read-only at a directory, without containerd
     ///
-    /// The image is a view of the running daemon, shown by overlayfs as a container would see it. It is kept until `slipwayd umount DIR`.
+    /// The image is a view of the running daemon, shown by overlayfs as a container would see it, until `slipwayd umount DIR`. A containerd on this
+    /// node forgets views that are not its own at its next garbage collection; what is mounted at DIR stays readable.
     Mount {
         /// Chain ID of the image's top layer: sha256:<64 hex digits>, as `erofs-convert show` prints it
         chain: ChainId,
@@ -214,15 +215,15 @@ fn mount_view(config: &Config, chain: &ChainId, dir: &Path) -> anyhow::Result<Ex
     let (dir, key) = view_key(dir)?;
     let trust = TrustFiles(config.trusted_keys.clone()).load().context("the trusted keys cannot be read")?;
     let store = Store::open(&config.store)?;
-    let Some(record) = store.find(chain, &trust)? else {
+    if store.find(chain, &trust)?.is_none() {
         eprintln!("slipwayd: {} has no record of chain {} that a trusted key signed", config.store.display(), chain.oci());
         return Ok(ExitCode::from(EXIT_NOT_FOUND));
-    };
+    }
     runtime()?.block_on(async {
         let mut client = Client::connect(&config.socket).await?;
-        let mounts = client.view(&key, &record.diff_ids).await?;
+        let mounts = client.view(&key, chain).await?;
         if let Err(error) = mount_all(&mounts, &dir) {
-            client.remove(&key).await?;
+            client.remove_view(&key).await?;
             bail!(error);
         }
         Ok(ExitCode::SUCCESS)
@@ -233,7 +234,7 @@ fn unmount_view(config: &Config, dir: &Path) -> anyhow::Result<ExitCode> {
     let (dir, key) = view_key(dir)?;
     unmount(&dir, Unmount::IfUnused)?;
     runtime()?.block_on(async {
-        Client::connect(&config.socket).await?.remove(&key).await?;
+        Client::connect(&config.socket).await?.remove_view(&key).await?;
         Ok(ExitCode::SUCCESS)
     })
 }

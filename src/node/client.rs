@@ -9,10 +9,10 @@ use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status};
 
-use crate::oci::{ChainId, DiffId, chain_ids};
-use crate::snapshot::TARGET_REF;
+use crate::oci::ChainId;
 use crate::snapshot::proto::snapshots_client::SnapshotsClient;
-use crate::snapshot::proto::{ListSnapshotsRequest, Mount, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest, ViewSnapshotRequest};
+use crate::snapshot::proto::{Mount, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest, ViewSnapshotRequest};
+use crate::snapshot::{VIEW_REF, view_base};
 
 /// How long a connection to a socket on this machine may take: the worker may just be starting.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -84,51 +84,52 @@ impl Client {
         }
     }
 
-    /// Makes a view of the image with these layers, called `key`, and gives the mounts that show it. Works for chains that are in the store.
-    pub async fn view(&mut self, key: &str, diff_ids: &[DiffId]) -> Result<Vec<Mount>, ClientError> {
-        let mut parent = String::new();
-        for chain in chain_ids(diff_ids) {
-            parent = self.commit(&chain, parent).await?;
-        }
-        let request = ViewSnapshotRequest { key: key.to_owned(), parent, ..Default::default() };
+    /// Makes a view of the image of `chain`, called `key`, and gives the mounts that show it. Works for chains that are in the store.
+    pub async fn view(&mut self, key: &str, chain: &ChainId) -> Result<Vec<Mount>, ClientError> {
+        self.commit(chain).await?;
+        let request = ViewSnapshotRequest { key: key.to_owned(), parent: view_base(chain), ..Default::default() };
         let response = self.snapshots.view(request).await.map_err(|status| refused("show the image", status))?;
         Ok(response.into_inner().mounts)
     }
 
-    /// Removes the view called `key`; no error if there is none.
-    pub async fn remove(&mut self, key: &str) -> Result<(), ClientError> {
+    /// Removes the view called `key` and, when it was the last one of its image, what it was made on; no error if there is none.
+    pub async fn remove_view(&mut self, key: &str) -> Result<(), ClientError> {
+        let stat = self.snapshots.stat(StatSnapshotRequest { key: key.to_owned(), ..Default::default() }).await;
+        let base = match stat {
+            Ok(found) => found.into_inner().info.map(|info| info.parent),
+            Err(status) if status.code() == Code::NotFound => None,
+            Err(status) => return Err(refused("look up the view", status)),
+        };
+        self.remove(key).await?;
+        match base {
+            Some(base) => self.remove(&base).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Removes a snapshot; no error if there is none or others are built on it.
+    async fn remove(&mut self, key: &str) -> Result<(), ClientError> {
         let request = RemoveSnapshotRequest { key: key.to_owned(), ..Default::default() };
         match self.snapshots.remove(request).await {
-            Err(status) if status.code() != Code::NotFound => Err(refused("remove the view", status)),
+            Err(status) if !matches!(status.code(), Code::NotFound | Code::FailedPrecondition) => Err(refused("remove the view", status)),
             _ => Ok(()),
         }
     }
 
-    /// Has a chain committed on `parent` as a pull would, and gives the snapshot's name.
-    async fn commit(&mut self, chain: &ChainId, parent: String) -> Result<String, ClientError> {
-        let target = chain.oci();
-        let key = format!("slipwayd/extract {target}");
-        let labels = [(TARGET_REF.to_owned(), target.clone())].into();
-        let request = PrepareSnapshotRequest { key: key.clone(), parent: parent.clone(), labels, ..Default::default() };
+    /// Has the image of a chain committed for views.
+    async fn commit(&mut self, chain: &ChainId) -> Result<(), ClientError> {
+        let key = format!("slipwayd/view {chain}");
+        let labels = [(VIEW_REF.to_owned(), chain.oci())].into();
+        let request = PrepareSnapshotRequest { key: key.clone(), labels, ..Default::default() };
         match self.snapshots.prepare(request).await {
             Ok(_) => {
                 // A plain snapshot: the chain is not known. Nothing of it is to stay.
                 self.remove(&key).await?;
-                return Err(ClientError::Unknown { chain: *chain });
+                Err(ClientError::Unknown { chain: *chain })
             }
-            Err(status) if status.code() == Code::AlreadyExists => {}
-            Err(status) => return Err(refused("prepare the image", status)),
+            Err(status) if status.code() == Code::AlreadyExists => Ok(()),
+            Err(status) => Err(refused("prepare the image", status)),
         }
-        let filters = vec![format!("labels.\"{TARGET_REF}\"=={target},parent==\"{parent}\"")];
-        let request = ListSnapshotsRequest { filters, ..Default::default() };
-        let mut found = self.snapshots.list(request).await.map_err(|status| refused("list snapshots", status))?.into_inner();
-        while let Some(batch) = found.message().await.map_err(|status| refused("list snapshots", status))? {
-            let fits = |name: &&crate::snapshot::proto::Info| name.parent == parent && name.labels.get(TARGET_REF) == Some(&target);
-            if let Some(info) = batch.info.iter().find(fits) {
-                return Ok(info.name.clone());
-            }
-        }
-        Err(ClientError::Unknown { chain: *chain })
     }
 }
 

@@ -24,10 +24,20 @@ pub use lowers::LowerImages;
 pub use requests::Snapshots;
 pub use service::serve;
 
+use crate::oci::ChainId;
 use ledger::LedgerError;
 
 /// Label by which containerd names the chain a snapshot is prepared for (`core/snapshots/snapshotter.go`), as `sha256:<hex>`.
 pub const TARGET_REF: &str = "containerd.io/snapshot.ref";
+
+/// Label by which `slipwayd mount` asks for the image of a chain, as [`TARGET_REF`] does for a pull. What is committed then has a name of its own
+/// and no [`TARGET_REF`], so that containerd never takes it for its own and it can go with the last view.
+pub const VIEW_REF: &str = "slipway/view-of";
+
+/// The name of the lazy snapshot that [`VIEW_REF`] asks for.
+pub fn view_base(chain: &ChainId) -> String {
+    format!("slipway/view/{chain}")
+}
 
 /// Why the snapshotter cannot run.
 #[derive(Debug, thiserror::Error)]

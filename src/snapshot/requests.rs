@@ -15,7 +15,7 @@ use super::ledger::{Kind, Ledger, LedgerError, Lineage, NewSnapshot, Row, Snapsh
 use super::lowers::{LowerError, LowerImages, Lowers};
 use super::mounts::Layout;
 use super::proto::Mount;
-use super::{SnapshotError, TARGET_REF, check_state_path, usage};
+use super::{SnapshotError, TARGET_REF, VIEW_REF, check_state_path, usage, view_base};
 use crate::metrics::Metrics;
 use crate::oci::{ChainId, Sha256};
 
@@ -117,13 +117,17 @@ impl Snapshots {
 
     /// The handshake of a pull. Ok means: go on as for a plain image (invariant 4).
     async fn commit_lazily(&self, new: &NewSnapshot) -> Result<(), RequestError> {
-        let Some(chain) = new.labels.get(TARGET_REF).and_then(|text| text.parse::<ChainId>().ok()) else { return Ok(()) };
+        let chain_in = |label| new.labels.get(label).and_then(|text| text.parse::<ChainId>().ok());
+        let (chain, name) = match (chain_in(TARGET_REF), chain_in(VIEW_REF)) {
+            (Some(chain), _) => (chain, lazy_name(&chain, &new.parent)),
+            (None, Some(chain)) => (chain, view_base(&chain)),
+            (None, None) => return Ok(()),
+        };
         if !self.lowers.known(chain).await {
             self.metrics.chains_missed.bump();
             tracing::info!(%chain, "chain is not in the store: plain pull");
             return Ok(());
         }
-        let name = lazy_name(&chain, &new.parent);
         let NewSnapshot { parent, labels, .. } = new.clone();
         let committed = {
             let name = name.clone();

@@ -6,6 +6,7 @@ mod trees;
 mod client;
 mod wire;
 mod races;
+mod views;
 mod full_disk;
 mod power_cut;
 mod under_containerd;
