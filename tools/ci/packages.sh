@@ -5,7 +5,7 @@
 # Nothing installed is upgraded or removed, and no service is started.
 set -euo pipefail
 
-build=(cc=gcc /usr/include/stdio.h=libc6-dev make=make pkg-config=pkg-config)
+build=(cc=gcc cmake=cmake /usr/include/stdio.h=libc6-dev make=make pkg-config=pkg-config)
 test=(
     containerd=containerd runc=runc docker-registry=docker-registry skopeo=skopeo mkfs.ext4=e2fsprogs
     fsck.erofs=erofs-utils umoci=umoci /bin/busybox=busybox-static strace=strace getfattr=attr setpriv=util-linux

@@ -96,6 +96,19 @@ pub fn unblock_signals() -> io::Result<()> {
     Ok(SigSet::empty().thread_set_mask()?)
 }
 
+/// Has glibc's `malloc` use at most `arenas` heaps (`mallopt(3)`, `M_ARENA_MAX`), before other threads are started. By default there
+/// are eight per processor, and each keeps for itself what its threads have freed.
+pub fn limit_malloc_arenas(arenas: u16) {
+    // SAFETY: takes two integers and changes only malloc's own settings, under malloc's lock. The one way to fail is an unknown
+    // parameter, which this is not.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, arenas.into());
+    }
+    #[cfg(not(target_env = "gnu"))]
+    let _ = arenas;
+}
+
 /// Raises the soft limit of open files to the hard one. Gives the limit as it is afterwards.
 pub fn raise_open_file_limit() -> io::Result<u64> {
     let mut limit = rustix::process::getrlimit(Resource::Nofile);

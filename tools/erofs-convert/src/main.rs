@@ -22,6 +22,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_env("SLIPWAY_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    uapi::process::limit_malloc_arenas(MALLOC_ARENAS);
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -43,6 +44,10 @@ fn main() -> ExitCode {
 
 /// The runtime only moves bytes from sockets and files to the threads that do the work.
 const RUNTIME_THREADS: usize = 2;
+
+/// Units are allocated by one thread and freed by another, so every arena grows to what any of them held. Converting 4.7 GB on two
+/// processors: 187 MB resident and 8.0 s of system time (page faults) with glibc's default, 139 MB and 2.6 s with two arenas.
+const MALLOC_ARENAS: u16 = 2;
 
 fn run(command: Command, runtime: &tokio::runtime::Handle) -> Result<(), Failure> {
     let stop = stop::on_signals(runtime).map_err(|source| Failure::State { path: "signal handlers".into(), source })?;

@@ -16,6 +16,8 @@ const AHEAD: usize = 16;
 /// The front end: gives what the back end read, errors included, in order.
 pub struct Pipe {
     pieces: Receiver<io::Result<Vec<u8>>>,
+    /// Pieces that were read go back to be filled again: a new one would have to be zeroed, and its pages mapped.
+    emptied: Sender<Vec<u8>>,
     piece: Vec<u8>,
     at: usize,
 }
@@ -24,9 +26,10 @@ pub struct Pipe {
 /// with whatever was left in it.
 pub fn run<R: Read + Send, T>(back: R, front: impl FnOnce(&mut Pipe) -> T) -> (T, R) {
     let (sender, pieces) = bounded(AHEAD);
+    let (emptied, empty) = bounded(AHEAD);
     thread::scope(|scope| {
-        let pump = scope.spawn(move || pump(back, &sender));
-        let mut pipe = Pipe { pieces, piece: Vec::new(), at: 0 };
+        let pump = scope.spawn(move || pump(back, &sender, &empty));
+        let mut pipe = Pipe { pieces, emptied, piece: Vec::new(), at: 0 };
         let result = front(&mut pipe);
         // Tells the pump that nobody listens any more.
         drop(pipe);
@@ -34,9 +37,10 @@ pub fn run<R: Read + Send, T>(back: R, front: impl FnOnce(&mut Pipe) -> T) -> (T
     })
 }
 
-fn pump<R: Read>(mut back: R, pieces: &Sender<io::Result<Vec<u8>>>) -> R {
+fn pump<R: Read>(mut back: R, pieces: &Sender<io::Result<Vec<u8>>>, empty: &Receiver<Vec<u8>>) -> R {
     loop {
-        let mut piece = vec![0; PIECE];
+        let mut piece = empty.try_recv().unwrap_or_default();
+        piece.resize(PIECE, 0);
         let mut len = 0;
         let end = loop {
             match back.read(&mut piece[len..]) {
@@ -69,7 +73,12 @@ impl Read for Pipe {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         while self.at == self.piece.len() {
             match self.pieces.recv() {
-                Ok(piece) => (self.piece, self.at) = (piece?, 0),
+                Ok(piece) => {
+                    let emptied = std::mem::replace(&mut self.piece, piece?);
+                    self.at = 0;
+                    // Full or gone: then it is simply dropped.
+                    let _ = self.emptied.try_send(emptied);
+                }
                 // The pump is done: the end.
                 Err(_) => return Ok(0),
             }
