@@ -1,4 +1,4 @@
-//! OCI image layout directories (image-spec `image-layout.md`).
+//! OCI image layouts (image-spec `image-layout.md`), in a directory or in a tar file.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,6 +7,8 @@ use oci_spec::image::{Descriptor, ImageIndex};
 use tokio::io::AsyncReadExt;
 
 use super::OciError;
+use super::archive::Archive;
+use super::blob::BlobStream;
 use super::digest::Sha256;
 use super::manifest::{self, MAX_MANIFEST};
 use super::platform::Platform;
@@ -17,49 +19,100 @@ const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// The file that makes a directory a layout.
 pub const MARKER: &str = "oci-layout";
 
-/// One image of a layout directory.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One image of a layout. Cheap to clone.
+#[derive(Clone, Debug)]
 pub struct Layout {
-    dir: PathBuf,
+    files: Files,
     tag: Option<String>,
+}
+
+/// Where a layout's files are.
+#[derive(Clone, Debug)]
+enum Files {
+    Dir(PathBuf),
+    Archive(Archive),
 }
 
 impl Layout {
     /// The image called `tag` (or the only one) in `dir`, made absolute. Nothing is read yet.
-    pub fn new(dir: &Path, tag: Option<&str>) -> Result<Layout, OciError> {
+    pub fn in_dir(dir: &Path, tag: Option<&str>) -> Result<Layout, OciError> {
         let dir = std::path::absolute(dir).map_err(|source| OciError::Layout { path: dir.to_owned(), source })?;
-        Ok(Layout { dir, tag: tag.map(str::to_owned) })
+        Ok(Layout { files: Files::Dir(dir), tag: tag.map(str::to_owned) })
     }
 
-    /// `oci:<absolute directory>[:<tag>]`
+    /// The same for a tar file.
+    pub fn in_archive(file: &Path, tag: Option<&str>) -> Result<Layout, OciError> {
+        Ok(Layout { files: Files::Archive(Archive::new(file)?), tag: tag.map(str::to_owned) })
+    }
+
+    /// `oci:<absolute directory>[:<tag>]` or `oci-archive:<absolute file>[:<tag>]`
     pub fn name(&self) -> String {
         let tag = self.tag.as_ref().map(|tag| format!(":{tag}")).unwrap_or_default();
-        format!("oci:{}{tag}", self.dir.display())
+        format!("{}:{}{tag}", self.transport(), self.path().display())
     }
 
-    /// The directory.
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    fn transport(&self) -> &'static str {
+        match self.files {
+            Files::Dir(_) => "oci",
+            Files::Archive(_) => "oci-archive",
+        }
+    }
+
+    /// The directory or file.
+    pub fn path(&self) -> &Path {
+        match &self.files {
+            Files::Dir(dir) => dir,
+            Files::Archive(archive) => archive.path(),
+        }
     }
 
     /// The entry of `index.json` for the tag and, where one tag has several entries, for `platform`.
     pub async fn entry(&self, platform: &Platform) -> Result<Descriptor, OciError> {
+        self.choose(self.index().await?.manifests(), platform)
+    }
+
+    /// All entries of `index.json` for the tag.
+    pub async fn entries(&self) -> Result<Vec<Descriptor>, OciError> {
+        let index = self.index().await?;
+        let matching = self.matching(index.manifests())?;
+        Ok(matching.into_iter().cloned().collect())
+    }
+
+    async fn index(&self) -> Result<ImageIndex, OciError> {
         #[derive(serde::Deserialize)]
         #[serde(rename_all = "camelCase")]
         struct Marker {
             image_layout_version: String,
         }
-        let marker = self.read(&self.dir.join(MARKER), MAX_MANIFEST).await?;
+        if let Files::Archive(archive) = &self.files
+            && archive.find(MARKER).await?.is_none()
+            && archive.find("manifest.json").await?.is_some()
+        {
+            let reason = format!("it is of `docker save`, no OCI layout: write docker-archive:{}", archive.path().display());
+            return Err(archive.unusable(reason));
+        }
+        let marker = self.read(MARKER, MAX_MANIFEST).await?;
         let marker: Marker = self.parse(MARKER, &marker)?;
         if !marker.image_layout_version.starts_with("1.") {
             let reason = format!("its layout version is {}; supported is 1", marker.image_layout_version);
             return Err(OciError::Unsupported { what: self.name(), reason });
         }
-        let index: ImageIndex = self.parse("index.json", &self.read(&self.dir.join("index.json"), MAX_MANIFEST).await?)?;
-        self.choose(index.manifests(), platform)
+        self.parse("index.json", &self.read("index.json", MAX_MANIFEST).await?)
     }
 
     fn choose(&self, entries: &[Descriptor], platform: &Platform) -> Result<Descriptor, OciError> {
+        match &self.matching(entries)?[..] {
+            [only] => Ok((*only).clone()),
+            several => manifest::choose(several.iter().copied(), platform).cloned().map_err(|available| OciError::MissingPlatform {
+                reference: self.name(),
+                wanted: platform.clone(),
+                available,
+            }),
+        }
+    }
+
+    /// The entries for the tag, at least one.
+    fn matching<'a>(&self, entries: &'a [Descriptor]) -> Result<Vec<&'a Descriptor>, OciError> {
         let tag_of = |entry: &Descriptor| entry.annotations().as_ref().and_then(|a| a.get(REF_NAME)).cloned();
         let matching: Vec<&Descriptor> = match &self.tag {
             Some(tag) => entries.iter().filter(|entry| tag_of(entry).as_ref() == Some(tag)).collect(),
@@ -68,59 +121,63 @@ impl Layout {
         let mut tags: Vec<String> = entries.iter().filter_map(tag_of).collect();
         tags.sort();
         tags.dedup();
-        let place = || self.dir.display().to_string();
+        let place = || self.path().display().to_string();
         match (&matching[..], &self.tag) {
             ([], Some(tag)) => {
                 let what = format!("tag {tag} (it has: {})", if tags.is_empty() { "none".to_owned() } else { tags.join(", ") });
                 Err(OciError::NotFound { place: place(), what })
             }
             ([], None) => Err(OciError::NotFound { place: place(), what: "image in its index.json".to_owned() }),
-            ([only], _) => Ok((*only).clone()),
-            (_, None) if tags.len() > 1 => {
-                let reason =
-                    format!("the layout has several images; name one as oci:{}:TAG, TAG being one of {}", self.dir.display(), tags.join(", "));
+            ([_, _, ..], None) if tags.len() > 1 => {
+                let (transport, path) = (self.transport(), self.path().display());
+                let reason = format!("the layout has several images; name one as {transport}:{path}:TAG, TAG being one of {}", tags.join(", "));
                 Err(OciError::BadReference { text: self.name(), reason })
             }
-            (several, _) => manifest::choose(several.iter().copied(), platform).cloned().map_err(|available| OciError::MissingPlatform {
-                reference: self.name(),
-                wanted: platform.clone(),
-                available,
-            }),
+            _ => Ok(matching),
         }
     }
 
     fn parse<T: serde::de::DeserializeOwned>(&self, file: &str, bytes: &[u8]) -> Result<T, OciError> {
-        serde_json::from_slice(bytes).map_err(|e| OciError::Malformed { what: self.dir.join(file).display().to_string(), reason: e.to_string() })
-    }
-
-    /// Path of a blob.
-    pub fn blob_path(&self, digest: Sha256) -> PathBuf {
-        self.dir.join("blobs/sha256").join(digest.to_string())
+        let what = || self.path().join(file).display().to_string();
+        serde_json::from_slice(bytes).map_err(|e| OciError::Malformed { what: what(), reason: e.to_string() })
     }
 
     /// The whole blob, of at most `limit` bytes, matching its digest and `size`.
     pub async fn blob_bytes(&self, what: &str, digest: Sha256, size: u64, limit: u64) -> Result<Vec<u8>, OciError> {
-        let bytes = self.read(&self.blob_path(digest), limit).await?;
-        let damaged = |source| OciError::Damaged { place: self.dir.display().to_string(), what: what.to_owned(), source: Box::new(source) };
+        let bytes = self.read(&blob_name(digest), limit).await?;
+        let damaged = |source| OciError::Damaged { place: self.path().display().to_string(), what: what.to_owned(), source: Box::new(source) };
         verify::verify_bytes(what, digest, Some(size), &bytes).map_err(damaged)?;
         Ok(bytes)
     }
 
     /// The blob as a stream, unverified.
-    pub async fn open_blob(&self, digest: Sha256) -> Result<tokio::fs::File, OciError> {
-        open_regular(&self.blob_path(digest)).await
+    pub async fn open_blob(&self, digest: Sha256) -> Result<BlobStream, OciError> {
+        let name = blob_name(digest);
+        match &self.files {
+            Files::Dir(dir) => Ok(Box::new(open_regular(&dir.join(name)).await?)),
+            Files::Archive(archive) => archive.stream(archive.part(&name).await?).await,
+        }
     }
 
-    async fn read(&self, path: &Path, limit: u64) -> Result<Vec<u8>, OciError> {
-        let failed = |source| OciError::Layout { path: path.to_owned(), source };
+    async fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, OciError> {
+        let dir = match &self.files {
+            Files::Dir(dir) => dir,
+            Files::Archive(archive) => return archive.read(name, archive.part(name).await?, limit).await,
+        };
+        let path = dir.join(name);
+        let failed = |source| OciError::Layout { path: path.clone(), source };
         let mut bytes = Vec::new();
-        open_regular(path).await?.take(limit + 1).read_to_end(&mut bytes).await.map_err(failed)?;
+        open_regular(&path).await?.take(limit + 1).read_to_end(&mut bytes).await.map_err(failed)?;
         if bytes.len() as u64 > limit {
             let reason = format!("it is larger than {limit} bytes, the most that is read of one");
             return Err(OciError::Unsupported { what: path.display().to_string(), reason });
         }
         Ok(bytes)
     }
+}
+
+fn blob_name(digest: Sha256) -> String {
+    format!("blobs/sha256/{digest}")
 }
 
 /// A pipe or a device among the blobs would hang or lie.
@@ -152,7 +209,7 @@ mod tests {
                 serde_json::from_value(value).unwrap()
             })
             .collect();
-        let layout = Layout::new(Path::new("/img"), tag).unwrap();
+        let layout = Layout::in_dir(Path::new("/img"), tag).unwrap();
         layout.choose(&entries, &"linux/amd64".parse().unwrap()).map(|d| d.size() as usize).map_err(|e| e.to_string())
     }
 
@@ -181,8 +238,8 @@ mod tests {
 
     #[test]
     fn names_are_absolute() {
-        assert_eq!(Layout::new(Path::new("/a/b"), Some("1")).unwrap().name(), "oci:/a/b:1");
-        let relative = Layout::new(Path::new("b"), None).unwrap().name();
+        assert_eq!(Layout::in_dir(Path::new("/a/b"), Some("1")).unwrap().name(), "oci:/a/b:1");
+        let relative = Layout::in_dir(Path::new("b"), None).unwrap().name();
         assert!(relative.starts_with("oci:/") && relative.ends_with("/b"), "{relative}");
     }
 }

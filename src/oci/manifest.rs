@@ -15,14 +15,17 @@ pub const MAX_MANIFEST: u64 = 4 << 20;
 pub const MAX_CONFIG: u64 = 8 << 20;
 
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
-const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 /// For the `Accept` header of a manifest request: everything [`Document::parse`] understands.
 pub const ACCEPT_MANIFESTS: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
 
-const CONFIG_TYPES: [&str; 2] = ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+/// The annotation of BuildKit's attestations, which are filed among images.
+const ATTESTS: &str = "vnd.docker.reference.type";
+
+pub(super) const CONFIG_TYPES: [&str; 2] = ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
 /// Layers are tars, plain or compressed by gzip or zstd. Which of the three is read off the bytes, as containerd does; the
 /// diff ID proves the result.
 const LAYER_TYPES: [&str; 11] = [
@@ -139,6 +142,29 @@ pub fn choose<'a>(entries: impl IntoIterator<Item = &'a Descriptor>, wanted: &Pl
     }
 }
 
+/// What the entries of an index are for, for one who wants all of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// An image for Linux, or for a platform that only its configuration tells.
+    Image,
+    /// Another index.
+    Index,
+    /// No image, or none for Linux.
+    Other,
+}
+
+/// What an entry of an index is for.
+pub fn purpose(entry: &Descriptor) -> Purpose {
+    let media_type = entry.media_type().to_string();
+    let attests = entry.annotations().as_ref().is_some_and(|a| a.contains_key(ATTESTS));
+    match platform_of(entry) {
+        _ if attests => Purpose::Other,
+        _ if [OCI_INDEX, DOCKER_LIST].contains(&media_type.as_str()) => Purpose::Index,
+        Some(platform) if platform.os != "linux" => Purpose::Other,
+        _ => Purpose::Image,
+    }
+}
+
 /// Digest of a descriptor.
 pub fn digest_of(what: &str, descriptor: &Descriptor) -> Result<Sha256, OciError> {
     let text = descriptor.digest().to_string();
@@ -173,20 +199,26 @@ pub fn config_descriptor<'a>(what: &str, manifest: &'a ImageManifest) -> Result<
     Err(OciError::Unsupported { what: what.to_owned(), reason })
 }
 
-/// Platform and layers of an image from its manifest and configuration.
-pub fn describe(what: &str, manifest: &ImageManifest, config_bytes: &[u8]) -> Result<(Platform, Vec<SourceLayer>), OciError> {
+/// The diff IDs in a configuration.
+pub fn diff_ids(what: &str, config_bytes: &[u8]) -> Result<Vec<DiffId>, OciError> {
+    read_config(what, config_bytes).map(|(_, diff_ids)| diff_ids)
+}
+
+fn read_config(what: &str, bytes: &[u8]) -> Result<(Config, Vec<DiffId>), OciError> {
     let malformed = |reason: String| OciError::Malformed { what: format!("the configuration of {what}"), reason };
-    let config: Config = serde_json::from_slice(config_bytes).map_err(|e| malformed(e.to_string()))?;
+    let config: Config = serde_json::from_slice(bytes).map_err(|e| malformed(e.to_string()))?;
     if config.rootfs.kind != "layers" {
         return Err(malformed(format!("rootfs.type is {:?}, not \"layers\"", config.rootfs.kind)));
     }
-    let diff_ids: Vec<DiffId> = config
-        .rootfs
-        .diff_ids
-        .unwrap_or_default()
-        .iter()
-        .map(|text| text.parse().map_err(|_| malformed(format!("diff ID {text:?} is no sha256 digest"))))
-        .collect::<Result<_, _>>()?;
+    let parsed = |text: &String| text.parse().map_err(|_| malformed(format!("diff ID {text:?} is no sha256 digest")));
+    let diff_ids = config.rootfs.diff_ids.iter().flatten().map(parsed).collect::<Result<_, _>>()?;
+    Ok((config, diff_ids))
+}
+
+/// Platform and layers of an image from its manifest and configuration.
+pub fn describe(what: &str, manifest: &ImageManifest, config_bytes: &[u8]) -> Result<(Platform, Vec<SourceLayer>), OciError> {
+    let malformed = |reason: String| OciError::Malformed { what: format!("the configuration of {what}"), reason };
+    let (config, diff_ids) = read_config(what, config_bytes)?;
     if manifest.layers().len() != diff_ids.len() {
         return Err(malformed(format!("it has {} diff IDs for the manifest's {} layers", diff_ids.len(), manifest.layers().len())));
     }

@@ -5,7 +5,8 @@
 //!
 //! Low to high: [`digest`], [`reference`], [`platform`], [`verify`], [`manifest`], then the places an image can be, and [`source`] over
 //! all of them. A [`registry`] is one or more endpoints (from [`hosts`]), each of them HTTP requests with [`tls`] and, when a
-//! [`challenge`] asks for it, a [`login`]; a [`blob`] is a download that survives broken ones. A [`layout`] is a directory.
+//! [`challenge`] asks for it, a [`login`]; a [`blob`] is a download that survives broken ones. A [`layout`] is a directory or an
+//! [`archive`], which may also be a [`docker_archive`].
 
 use std::io;
 use std::path::PathBuf;
@@ -25,7 +26,9 @@ mod endpoint;
 mod auth;
 pub mod registry;
 pub mod blob;
+pub mod archive;
 pub mod layout;
+pub mod docker_archive;
 pub mod source;
 #[cfg(test)]
 mod odd_logins;
@@ -183,6 +186,14 @@ pub enum OciError {
         /// The operating system's answer.
         #[source]
         source: io::Error,
+    },
+    /// A tar file with an image cannot be used.
+    #[error("cannot use the archive {}: {reason}", .path.display())]
+    Archive {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        reason: String,
     },
     /// The HTTP client could not be set up.
     #[error("cannot set up the HTTP client: is there a CA bundle on this machine (Debian: ca-certificates)?")]

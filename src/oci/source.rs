@@ -1,15 +1,16 @@
-//! Where images come from: a registry or a layout directory, with everything about the manifest verified.
+//! Where images come from: a registry, a layout or an archive, with everything about the manifest verified.
 
 use std::path::Path;
 
-use oci_spec::image::Descriptor;
+use oci_spec::image::{Descriptor, ImageManifest};
 
 use super::OciError;
 use super::access::Access;
 pub use super::blob::BlobStream;
 use super::digest::{ChainId, DiffId, Sha256};
+use super::docker_archive::DockerArchive;
 use super::layout::{self, Layout};
-use super::manifest::{self, Document, MAX_CONFIG, MAX_MANIFEST};
+use super::manifest::{self, Document, MAX_CONFIG, MAX_MANIFEST, Purpose};
 use super::platform::Platform;
 use super::registry::Registry;
 
@@ -21,16 +22,18 @@ const MAX_DEPTH: usize = 4;
 pub enum Source {
     /// An image in a registry.
     Registry(Registry),
-    /// An image in a layout directory.
+    /// An image in a layout, which may be an archive.
     Layout(Layout),
+    /// An image in an archive of `docker save`.
+    DockerArchive(DockerArchive),
 }
 
 /// An image for one platform whose manifest and configuration match their digests. Layers are not read yet.
 #[derive(Clone, Debug)]
 pub struct SourceImage {
-    /// Canonical name: the full reference, or `oci:<absolute directory>[:<tag>]`.
+    /// Canonical name: the full reference, or transport, absolute path and what was said of tag or name.
     pub name: String,
-    /// Digest of the platform's manifest.
+    /// Digest of the platform's manifest; for archives of `docker save`, of the one that is made for them.
     pub manifest_digest: Sha256,
     /// The platform's manifest, as it came.
     pub manifest_bytes: Vec<u8>,
@@ -58,21 +61,24 @@ pub struct SourceLayer {
 }
 
 impl Source {
-    /// What `text` names: `oci:DIR[:TAG]`, `docker://REFERENCE`, a directory that is an OCI layout (its presence is looked up),
-    /// or a reference. `access` says how registries are reached.
+    /// What `text` names, in the words of containers-transports(5): `docker://REFERENCE`, `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`,
+    /// `docker-archive:FILE[:REFERENCE|:@NUMBER]`; also a directory that is an OCI layout (its presence is looked up), or a reference. `access` says how registries are reached.
     pub fn parse(text: &str, access: &Access) -> Result<Source, OciError> {
         let is_layout = |dir: &str| Path::new(dir).join(layout::MARKER).is_file();
-        match Spelling::of(text, is_layout) {
-            Spelling::Layout { dir, tag } => Layout::new(Path::new(dir), tag).map(Source::Layout),
+        match Spelling::of(text, is_layout, |file| Path::new(file).exists()) {
+            Spelling::Layout { dir, tag } => Layout::in_dir(Path::new(dir), tag).map(Source::Layout),
+            Spelling::OciArchive { file, tag } => Layout::in_archive(Path::new(file), tag).map(Source::Layout),
+            Spelling::DockerArchive { file, name } => DockerArchive::new(Path::new(file), name).map(Source::DockerArchive),
             Spelling::Reference(reference) => Registry::new(reference.parse()?, access).map(Source::Registry),
         }
     }
 
-    /// Canonical name: the full reference, or `oci:<absolute directory>[:<tag>]`.
+    /// Canonical name: see [`SourceImage::name`].
     pub fn name(&self) -> String {
         match self {
             Source::Registry(registry) => registry.reference().to_string(),
             Source::Layout(layout) => layout.name(),
+            Source::DockerArchive(archive) => archive.name(),
         }
     }
 
@@ -83,27 +89,111 @@ impl Source {
         let (mut media_type, mut manifest_bytes) = self.root(platform).await?;
         let mut stated = None;
         for _ in 0..MAX_DEPTH {
-            let what = format!("the manifest of {name}");
-            let manifest = match Document::parse(&what, media_type.as_deref(), &manifest_bytes)? {
+            match Document::parse(&self.manifest_name(), media_type.as_deref(), &manifest_bytes)? {
                 Document::Index(index) => {
                     let entry = manifest::choose(index.manifests(), platform).map_err(missing)?;
                     stated = manifest::platform_of(entry);
                     (media_type, manifest_bytes) = self.manifest(entry).await?;
-                    continue;
                 }
-                Document::Manifest(manifest) => manifest,
-            };
-            let config_bytes = self.config(manifest::config_descriptor(&what, &manifest)?).await?;
-            let (found, layers) = manifest::describe(&name, &manifest, &config_bytes)?;
-            // Some tools leave the platform out; where both documents name one, they must agree on what can run at all.
-            let silent = found.os.is_empty() || found.architecture.is_empty();
-            if !silent && (&found.os, &found.architecture) != (&platform.os, &platform.architecture) {
-                return Err(missing(vec![found.to_string()]));
+                Document::Manifest(manifest) => return self.image(&manifest, manifest_bytes, stated, Some(platform)).await,
             }
-            let platform = stated.unwrap_or(if silent { platform.clone() } else { found });
-            return Ok(SourceImage { name, manifest_digest: Sha256::of(&manifest_bytes), manifest_bytes, config_bytes, platform, layers });
         }
-        Err(OciError::Malformed { what: name, reason: format!("more than {MAX_DEPTH} indexes lead to one another") })
+        Err(self.too_deep())
+    }
+
+    /// The images for all Linux platforms, in the order of the index; what is no image is left out. An image that cannot be read does not
+    /// keep the others from being given.
+    pub async fn resolve_all(&self) -> Result<Vec<(Option<Platform>, Result<SourceImage, OciError>)>, OciError> {
+        let mut indexes: Vec<Vec<Descriptor>> = Vec::new();
+        match self {
+            Source::Layout(layout) => indexes.push(layout.entries().await?),
+            _ => {
+                let (media_type, bytes) = self.root(&Platform::host()).await?;
+                match Document::parse(&self.manifest_name(), media_type.as_deref(), &bytes)? {
+                    Document::Index(index) => indexes.push(index.manifests().clone()),
+                    Document::Manifest(manifest) => return Ok(vec![(None, self.image(&manifest, bytes, None, None).await)]),
+                }
+            }
+        }
+        let mut leaves: Vec<Descriptor> = Vec::new();
+        for _ in 0..MAX_DEPTH {
+            let mut below = Vec::new();
+            for entry in indexes.iter().flatten() {
+                match manifest::purpose(entry) {
+                    Purpose::Image => leaves.push(entry.clone()),
+                    Purpose::Index => {
+                        let (media_type, bytes) = self.manifest(entry).await?;
+                        match Document::parse(&self.manifest_name(), media_type.as_deref(), &bytes)? {
+                            Document::Index(index) => below.push(index.manifests().clone()),
+                            Document::Manifest(_) => leaves.push(entry.clone()),
+                        }
+                    }
+                    Purpose::Other => {}
+                }
+            }
+            indexes = below;
+        }
+        if !indexes.is_empty() {
+            return Err(self.too_deep());
+        }
+        self.images(leaves).await
+    }
+
+    /// The images of manifests, each platform once.
+    async fn images(&self, leaves: Vec<Descriptor>) -> Result<Vec<(Option<Platform>, Result<SourceImage, OciError>)>, OciError> {
+        let mut found: Vec<(Option<Platform>, Result<SourceImage, OciError>)> = Vec::new();
+        for entry in leaves {
+            let stated = manifest::platform_of(&entry);
+            let read = async {
+                let (media_type, bytes) = self.manifest(&entry).await?;
+                match Document::parse(&self.manifest_name(), media_type.as_deref(), &bytes)? {
+                    Document::Manifest(manifest) => self.image(&manifest, bytes, stated.clone(), None).await,
+                    Document::Index(_) => Err(self.too_deep()),
+                }
+            };
+            let image = read.await;
+            let platform = image.as_ref().map(|image| image.platform.clone()).ok().or(stated);
+            let is_other = platform.as_ref().is_some_and(|platform| platform.os != "linux");
+            if !is_other && (platform.is_none() || found.iter().all(|(other, _)| *other != platform)) {
+                found.push((platform, image));
+            }
+        }
+        if found.is_empty() {
+            return Err(OciError::Unsupported { what: self.name(), reason: "it has no image for Linux".to_owned() });
+        }
+        Ok(found)
+    }
+
+    /// The image of a manifest: for the platform its index states, or `wanted`, or the one its configuration tells.
+    async fn image(
+        &self,
+        manifest: &ImageManifest,
+        manifest_bytes: Vec<u8>,
+        stated: Option<Platform>,
+        wanted: Option<&Platform>,
+    ) -> Result<SourceImage, OciError> {
+        let name = self.name();
+        let config_bytes = self.config(manifest::config_descriptor(&self.manifest_name(), manifest)?).await?;
+        let (found, layers) = manifest::describe(&name, manifest, &config_bytes)?;
+        // Some tools leave the platform out; where both documents name one, they must agree on what can run at all.
+        let silent = found.os.is_empty() || found.architecture.is_empty();
+        let expected = wanted.or(stated.as_ref());
+        if let Some(expected) = expected.filter(|p| !silent && (&found.os, &found.architecture) != (&p.os, &p.architecture)) {
+            return Err(OciError::MissingPlatform { reference: name, wanted: expected.clone(), available: vec![found.to_string()] });
+        }
+        let told = if silent { wanted.cloned() } else { Some(found) };
+        let Some(platform) = stated.or(told) else {
+            return Err(OciError::Malformed { what: format!("the configuration of {name}"), reason: "it names no platform".to_owned() });
+        };
+        Ok(SourceImage { name, manifest_digest: Sha256::of(&manifest_bytes), manifest_bytes, config_bytes, platform, layers })
+    }
+
+    fn manifest_name(&self) -> String {
+        format!("the manifest of {}", self.name())
+    }
+
+    fn too_deep(&self) -> OciError {
+        OciError::Malformed { what: self.name(), reason: format!("more than {MAX_DEPTH} indexes lead to one another") }
     }
 
     /// The blob of a layer from its start. It survives broken connections; whether the bytes are right is for a
@@ -111,7 +201,8 @@ impl Source {
     pub async fn open_layer(&self, layer: &SourceLayer) -> Result<BlobStream, OciError> {
         match self {
             Source::Registry(registry) => registry.open_blob(layer.digest, layer.size).await,
-            Source::Layout(layout) => Ok(Box::new(layout.open_blob(layer.digest).await?)),
+            Source::Layout(layout) => layout.open_blob(layer.digest).await,
+            Source::DockerArchive(archive) => archive.open_layer(layer.digest).await,
         }
     }
 
@@ -119,15 +210,16 @@ impl Source {
     pub fn was_wrong(&self, layer: &SourceLayer) -> bool {
         match self {
             Source::Registry(registry) => registry.was_wrong(layer.digest),
-            Source::Layout(_) => false,
+            Source::Layout(_) | Source::DockerArchive(_) => false,
         }
     }
 
-    /// The host or directory, for messages.
+    /// The host, directory or file, for messages.
     pub fn place(&self) -> String {
         match self {
             Source::Registry(registry) => registry.host().to_owned(),
-            Source::Layout(layout) => layout.dir().display().to_string(),
+            Source::Layout(layout) => layout.path().display().to_string(),
+            Source::DockerArchive(archive) => archive.path().display().to_string(),
         }
     }
 
@@ -139,6 +231,7 @@ impl Source {
                 Ok((fetched.media_type, fetched.bytes))
             }
             Source::Layout(layout) => self.manifest(&layout.entry(platform).await?).await,
+            Source::DockerArchive(archive) => Ok((None, archive.image().await?.manifest.clone())),
         }
     }
 
@@ -149,6 +242,7 @@ impl Source {
         let bytes = match self {
             Source::Registry(registry) => registry.manifest(&digest.oci(), Some((digest, Some(entry.size())))).await?.bytes,
             Source::Layout(layout) => layout.blob_bytes(&what, digest, entry.size(), MAX_MANIFEST).await?,
+            Source::DockerArchive(archive) => archive.image().await?.manifest.clone(),
         };
         Ok((Some(entry.media_type().to_string()), bytes))
     }
@@ -159,6 +253,7 @@ impl Source {
         match self {
             Source::Registry(registry) => registry.blob_bytes((digest, Some(entry.size())), MAX_CONFIG).await,
             Source::Layout(layout) => layout.blob_bytes(&what, digest, entry.size(), MAX_CONFIG).await,
+            Source::DockerArchive(archive) => Ok(archive.image().await?.config.clone()),
         }
     }
 }
@@ -167,11 +262,22 @@ impl Source {
 #[derive(Debug, PartialEq, Eq)]
 enum Spelling<'a> {
     Layout { dir: &'a str, tag: Option<&'a str> },
+    OciArchive { file: &'a str, tag: Option<&'a str> },
+    DockerArchive { file: &'a str, name: Option<&'a str> },
     Reference(&'a str),
 }
 
 impl Spelling<'_> {
-    fn of(text: &str, is_layout: impl Fn(&str) -> bool) -> Spelling<'_> {
+    fn of(text: &str, is_layout: impl Fn(&str) -> bool, exists: impl Fn(&str) -> bool) -> Spelling<'_> {
+        // A name may have colons, and so may a file: the file is what exists.
+        let split_file = |text| {
+            let colons = || str::match_indices(text, ':').map(|(at, _)| at);
+            let at = colons().find(|at| exists(&text[..*at])).or_else(|| colons().next());
+            match at.filter(|_| !exists(text)) {
+                Some(at) => (&text[..at], Some(&text[at + 1..])),
+                None => (text, None),
+            }
+        };
         // A directory may have a colon in its name; a tag has no slash.
         let split = |text| match str::rsplit_once(text, ':') {
             Some((dir, tag)) if !is_layout(text) && !tag.contains('/') => Spelling::Layout { dir, tag: Some(tag) },
@@ -179,6 +285,10 @@ impl Spelling<'_> {
         };
         if let Some(path) = text.strip_prefix("oci:") {
             split(path)
+        } else if let Some((file, tag)) = text.strip_prefix("oci-archive:").map(split_file) {
+            Spelling::OciArchive { file, tag }
+        } else if let Some((file, name)) = text.strip_prefix("docker-archive:").map(split_file) {
+            Spelling::DockerArchive { file, name }
         } else if let Some(reference) = text.strip_prefix("docker://") {
             Spelling::Reference(reference)
         } else if is_layout(text) || text.starts_with('/') || text.starts_with("./") || text.starts_with("../") {
@@ -206,11 +316,17 @@ mod tests {
             ("here", layout("here", None)),
             ("/absent", layout("/absent", None)),
             ("./absent:1", layout("./absent", Some("1"))),
+            ("oci-archive:/a.tar", Spelling::OciArchive { file: "/a.tar", tag: None }),
+            ("oci-archive:/a.tar:1", Spelling::OciArchive { file: "/a.tar", tag: Some("1") }),
+            ("oci-archive:/f:x", Spelling::OciArchive { file: "/f:x", tag: None }),
+            ("docker-archive:/f:x:host:5000/app:1", Spelling::DockerArchive { file: "/f:x", name: Some("host:5000/app:1") }),
+            ("docker-archive:/a.tar:app:1", Spelling::DockerArchive { file: "/a.tar", name: Some("app:1") }),
+            ("docker-archive:/a.tar:@0", Spelling::DockerArchive { file: "/a.tar", name: Some("@0") }),
             ("docker://here", Spelling::Reference("here")),
             ("debian:12", Spelling::Reference("debian:12")),
             ("host:5000/app", Spelling::Reference("host:5000/app")),
         ] {
-            assert_eq!(Spelling::of(text, |dir| dir == "here" || dir == "/has:colon"), expected, "{text}");
+            assert_eq!(Spelling::of(text, |dir| dir == "here" || dir == "/has:colon", |file| file == "/f:x"), expected, "{text}");
         }
     }
 }

@@ -25,8 +25,11 @@ failed, 6 bytes are not what their digests say or an image differs from its sour
 pub enum Command {
     /// Convert an image: afterwards nodes that use the store start it lazily.
     ///
-    /// SOURCE is a registry reference (debian:12, registry.example.com:5000/team/app:1.2), oci:DIR[:TAG], or a directory that is an
-    /// OCI image layout. Layers already in the store are not downloaded again; after an interruption run the same command again.
+    /// SOURCE is a registry reference (debian:12, registry.example.com:5000/team/app:1.2, docker://…), oci:DIR[:TAG],
+    /// oci-archive:FILE[:TAG], docker-archive:FILE[:REFERENCE|:@NUMBER] as `docker save` writes it (uncompressed), or a directory that is
+    /// an OCI image layout. Layers already in the store are not downloaded again; after an interruption run the same command again.
+    ///
+    /// Logins of `docker login` and `podman login` are used, credential helpers included, and mirrors of containerd's hosts.toml.
     Convert(Convert),
     /// List the images in a store.
     Ls {
@@ -71,6 +74,9 @@ pub struct Convert {
     pub source: SourceArgs,
     #[command(flatten)]
     pub store: StoreArgs,
+    /// Convert every Linux platform of an image for several; with --json the result is an array
+    #[arg(long, conflicts_with = "platform")]
+    pub all_platforms: bool,
     /// Directory for the journal and the key [default: /var/lib/slipway-convert for root, else below ~/.local/state]
     #[arg(long, value_name = "DIR", env = "SLIPWAY_CONVERT_STATE")]
     pub state: Option<PathBuf>,
@@ -176,6 +182,7 @@ mod tests {
         for line in [
             "erofs-convert convert debian:12 --store /s",
             "erofs-convert convert debian:12 --store /s --platform linux/arm64 --plain-http --json -j 3 --state /t --key /k",
+            "erofs-convert convert debian:12 --store /s --all-platforms --ca /a --ca /b --hosts-dir /h",
             "erofs-convert ls --store /s --json",
             "erofs-convert show debian:12 --store /s",
             "erofs-convert dump debian:12 --store /s",
@@ -183,8 +190,13 @@ mod tests {
         ] {
             assert!(parse(line).is_ok(), "{line}");
         }
-        for line in ["erofs-convert", "erofs-convert convert --store /s", "erofs-convert convert a --store /s -j 0", "erofs-convert ls --store /s x"]
-        {
+        for line in [
+            "erofs-convert",
+            "erofs-convert convert --store /s",
+            "erofs-convert convert a --store /s --all-platforms --platform linux/arm64",
+            "erofs-convert convert a --store /s -j 0",
+            "erofs-convert ls --store /s x",
+        ] {
             assert_eq!(parse(line).err(), Some(2), "{line}");
         }
         let Ok(Cli { command: Command::Convert(convert) }) = parse("erofs-convert convert a --store /s --state /t") else { panic!() };

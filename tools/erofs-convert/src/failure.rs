@@ -128,6 +128,19 @@ pub enum Failure {
         /// How many differences.
         count: usize,
     },
+    /// Some platforms of an image could not be converted; the others are.
+    #[error("{image}: {} of {count} platforms failed ({}), the others are converted", .failed.len(), .failed.join(", "))]
+    Platforms {
+        /// The image.
+        image: String,
+        /// Which.
+        failed: Vec<String>,
+        /// How many there are.
+        count: usize,
+        /// Why the first of them failed.
+        #[source]
+        first: Box<Failure>,
+    },
     /// A result could not be written to stdout.
     #[error("cannot write the result")]
     Output(#[source] io::Error),
@@ -208,6 +221,7 @@ impl Failure {
             Failure::Store(StoreError::Damaged { .. }) | Failure::Damaged { .. } | Failure::Metadata { .. } | Failure::Differs { .. } => 6,
             Failure::NotConverted { .. } => 3,
             Failure::Ambiguous { .. } => 2,
+            Failure::Platforms { first, .. } => first.exit_code(),
             Failure::Stopped => INTERRUPTED,
             _ => 1,
         }
@@ -230,6 +244,9 @@ impl Failure {
             return format!("error: no host gave {}:{}", printable(what), errors.iter().map(line).collect::<String>());
         }
         let mut text = format!("error: {}", printable(&self.to_string()));
+        if let Failure::Platforms { first, .. } = self {
+            return format!("{text}\n  because: {}", first.report().trim_start_matches("error: "));
+        }
         let mut cause: Option<&dyn Error> = self.source();
         while let Some(error) = cause {
             text.push_str(&format!("\n  because: {}", printable(&error.to_string())));
@@ -251,6 +268,7 @@ fn source_exit_code(error: &OciError) -> u8 {
         OciError::Malformed { .. }
         | OciError::Unsupported { .. }
         | OciError::Layout { .. }
+        | OciError::Archive { .. }
         | OciError::HostsFile { .. }
         | OciError::Certificate { .. }
         | OciError::Client { .. } => 1,

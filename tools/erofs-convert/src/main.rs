@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use erofs_convert::check::{self, Differences};
-use erofs_convert::convert::{self, Context, Options, convert};
+use erofs_convert::convert::{self, Context, Options, convert, report};
 use erofs_convert::failure::Failure;
 use erofs_convert::inspect;
 use erofs_convert::progress::Progress;
@@ -56,10 +56,16 @@ fn run(command: Command, runtime: &tokio::runtime::Handle) -> Result<(), Failure
     let (text, json) = match command {
         Command::Convert(args) => {
             let source = Source::parse(&args.source.source, &args.source.access())?;
-            let platform = args.source.platform.clone().unwrap_or_else(Platform::host);
+            let (name, platform) = (source.name(), args.source.platform.clone().unwrap_or_else(Platform::host));
             let (state, key, jobs) = (args.state_dir(), args.key_file(), args.jobs());
-            let done = convert(&context, &Options { source, platform, store: args.store.store, state, key, jobs })?;
-            (convert::report::text(&done), args.output.json.then(|| convert::report::json(&done)))
+            let options = Options { source, platform, store: args.store.store, state, key, jobs };
+            if args.all_platforms {
+                let done = convert::convert_all(&context, &options)?;
+                print(&report::all_text(&name, &done), args.output.json.then(|| report::all_json(&name, &done)))?;
+                return report::all_failure(&name, done);
+            }
+            let done = convert(&context, &options)?;
+            (report::text(&done), args.output.json.then(|| report::json(&done)))
         }
         Command::Ls { store, output } => {
             let images = inspect::images(&Store::open(&store.store)?)?;

@@ -154,12 +154,15 @@ impl Layout {
         Ok(built)
     }
 
-    /// Pushes what `tag` names, unchanged, to a registry reference (plain HTTP).
+    /// Pushes what `tag` names, unchanged, to a registry reference (plain HTTP, or TLS of any certificate), as the user of
+    /// [`crate::Registry`]s that want one.
     pub fn push(&self, tag: &str, reference: &str) -> Result<()> {
         let from = format!("oci:{}:{tag}", self.dir.display());
         let to = format!("docker://{reference}");
         // skopeo is called without the host's policy file: what is pushed was made here.
-        run("skopeo", ["--insecure-policy", "copy", "--quiet", "--all", "--preserve-digests", "--dest-tls-verify=false", &from, &to]).map(drop)
+        let login = format!("--dest-creds={}:{}", crate::USER, crate::PASSWORD);
+        let options = ["--quiet", "--all", "--preserve-digests", "--dest-tls-verify=false", &login];
+        run("skopeo", [&["--insecure-policy", "copy"][..], &options, &[&from, &to]].concat()).map(drop)
     }
 
     fn build(&self, image: &Image) -> Result<BuiltImage> {

@@ -12,7 +12,7 @@
 //! |---|---|
 //! | [`Scratch`] | a temporary directory that also unmounts what was mounted below it |
 //! | [`Daemon`] | one child process with its log |
-//! | [`Registry`] | Debian's docker-registry, with its access log by digest |
+//! | [`Registry`], [`TestCa`] | Debian's docker-registry, with its access log by digest; a certificate authority for it |
 //! | [`Containerd`], [`Cri`] | a containerd of our own and the calls a kubelet would make |
 //! | [`Converter`], [`Slipwayd`] | the built converter and node daemon |
 //! | [`GuestKernel`] | Linux 6.1 as a process, for what the running kernel lacks |
@@ -40,6 +40,7 @@ mod page_cache;
 mod registry;
 mod scratch;
 mod slipwayd;
+mod test_ca;
 mod tree_digest;
 
 pub use binaries::binary;
@@ -55,7 +56,8 @@ pub use layout::{BuiltImage, Image, Layout};
 pub use loop_fs::LoopFs;
 pub use mounts::{is_anything_mounted_below, is_mounted, unmount_below};
 pub use page_cache::{drop_caches, resident_bytes};
-pub use registry::{Mark, Registry};
+pub use registry::{Guard, Mark, PASSWORD, Registry, USER};
 pub use scratch::Scratch;
 pub use slipwayd::{Slipwayd, SlipwaydConfig};
+pub use test_ca::TestCa;
 pub use tree_digest::{Difference, Node, NodeKind, TreeDigest};

@@ -1,4 +1,4 @@
-//! Debian's docker-registry on a loopback port, and what its log says was fetched.
+//! Debian's docker-registry on a loopback port, on request behind a password or TLS, and what its log says was fetched.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
+use crate::TestCa;
 use crate::daemon::{Daemon, wait_until};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -19,7 +20,23 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 /// the registry's own) keeps nobody waiting longer than this.
 const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
-/// A registry of its own, plain HTTP, data under its directory. Ended when dropped.
+/// The only user of a registry that wants a password.
+pub const USER: &str = "someone";
+/// Their password.
+pub const PASSWORD: &str = "letmein";
+/// Both as docker-registry wants them: bcrypt of the lowest cost, since it is computed for every request.
+const HTPASSWD: &str = "someone:$2b$05$Uo2VTb/doDS2vVu1o90wiuhNxcsqkrLEVf9SCbyFvt/pFvBbq00cC\n";
+
+/// What stands between a registry and its users.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Guard<'a> {
+    /// [`USER`] and [`PASSWORD`] are asked for.
+    pub password: bool,
+    /// TLS with this authority's server certificate.
+    pub tls: Option<&'a TestCa>,
+}
+
+/// A registry of its own, plain HTTP unless asked otherwise, data under its directory. Ended when dropped.
 #[derive(Debug)]
 pub struct Registry {
     daemon: Daemon,
@@ -33,19 +50,28 @@ pub struct Mark(usize);
 impl Registry {
     /// Starts a registry with its configuration, log and data in `dir` (made if missing). The kernel chooses a free port.
     pub fn start(dir: &Path) -> Result<Registry> {
+        Registry::start_behind(dir, Guard::default())
+    }
+
+    /// The same behind a password or TLS.
+    pub fn start_behind(dir: &Path, guard: Guard<'_>) -> Result<Registry> {
         fs::create_dir_all(dir)?;
         let config = dir.join("config.yml");
-        let data = dir.join("data");
-        fs::write(
-            &config,
-            format!(
-                "version: 0.1\nlog:\n  level: debug\n  formatter: json\n  accesslog:\n    disabled: true\n\
-                 storage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\n  cache:\n    blobdescriptor: inmemory\n\
-                 http:\n  addr: 127.0.0.1:0\n",
-                data.display()
-            ),
-        )
-        .with_context(|| format!("{} cannot be written", config.display()))?;
+        let mut text = format!(
+            "version: 0.1\nlog:\n  level: info\n  formatter: json\n  accesslog:\n    disabled: true\n\
+             storage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\n  cache:\n    blobdescriptor: inmemory\n",
+            dir.join("data").display()
+        );
+        if guard.password {
+            let file = dir.join("htpasswd");
+            fs::write(&file, HTPASSWD)?;
+            text.push_str(&format!("auth:\n  htpasswd:\n    realm: test\n    path: {}\n", file.display()));
+        }
+        text.push_str("http:\n  addr: 127.0.0.1:0\n");
+        if let Some(ca) = guard.tls {
+            text.push_str(&format!("  tls:\n    certificate: {}\n    key: {}\n", ca.server().display(), ca.server_key().display()));
+        }
+        fs::write(&config, text).with_context(|| format!("{} cannot be written", config.display()))?;
         let mut command = Command::new("docker-registry");
         command.arg("serve").arg(&config).env("OTEL_TRACES_EXPORTER", "none");
         let mut daemon = Daemon::spawn("docker-registry", &command, &dir.join("log"))?;
@@ -136,13 +162,15 @@ fn is_settled(log: &str, uri: &str) -> bool {
 }
 
 fn listening_on(log: &str) -> Option<String> {
-    lines(log).find_map(|line| line.msg.strip_prefix("listening on ").map(str::to_owned))
+    lines(log).find_map(|line| line.msg.strip_prefix("listening on ").map(|address| address.trim_end_matches(", tls").to_owned()))
 }
 
 fn blob_bytes(log: &str) -> BTreeMap<String, u64> {
     let mut bytes = BTreeMap::new();
     for line in lines(log).filter(|line| line.msg == "response completed" && line.method == "GET") {
         if let Some((_, digest)) = line.uri.split_once("/blobs/") {
+            // A mirror is told after the question mark which registry is meant.
+            let digest = digest.split('?').next().unwrap_or_default();
             *bytes.entry(digest.to_owned()).or_default() += line.written;
         }
     }
@@ -168,7 +196,7 @@ mod tests {
             line("GET", "/v2/a/b/manifests/latest", 700),
             line("HEAD", "/v2/a/b/blobs/sha256:11", 0),
             line("GET", "/v2/a/b/blobs/sha256:11", 10),
-            line("GET", "/v2/a/b/blobs/sha256:11", 5),
+            line("GET", "/v2/a/b/blobs/sha256:11?ns=x", 5),
             line("GET", "/v2/a/b/blobs/sha256:22", 7),
         ]
         .concat();

@@ -80,16 +80,55 @@ struct Finished {
     reused: bool,
 }
 
+/// One platform of an image, converted or not.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The platform, if it is known.
+    pub platform: Option<Platform>,
+    /// What became of it.
+    pub result: Result<Converted, Failure>,
+}
+
 /// Converts an image.
 pub fn convert(context: &Context<'_>, options: &Options) -> Result<Converted, Failure> {
     let started = Instant::now();
-    let new_store = match Store::open(&options.store) {
-        Ok(_) => false,
-        // Perhaps empty, and then it becomes one.
-        Err(StoreError::NotAStore { .. }) => true,
-        Err(error) => return Err(error.into()),
-    };
+    needs_new_store(options)?;
     let image = stop::wait(context.runtime, context.stop, options.source.resolve(&options.platform))??;
+    convert_image(context, options, image, started)
+}
+
+/// Converts an image for every Linux platform it has, one after the other. A platform that fails does not keep the next from being
+/// converted.
+pub fn convert_all(context: &Context<'_>, options: &Options) -> Result<Vec<Outcome>, Failure> {
+    needs_new_store(options)?;
+    let images = stop::wait(context.runtime, context.stop, options.source.resolve_all())??;
+    let mut outcomes = Vec::new();
+    for (platform, image) in images {
+        let started = Instant::now();
+        let result = match image {
+            Ok(image) => convert_image(context, options, image, started),
+            Err(error) => Err(error.into()),
+        };
+        match result {
+            Err(Failure::Stopped) if context.stop.is_cancelled() => return Err(Failure::Stopped),
+            result => outcomes.push(Outcome { platform, result }),
+        }
+    }
+    Ok(outcomes)
+}
+
+/// Whether the store is yet to be made; that it can be is found out before anything is downloaded.
+fn needs_new_store(options: &Options) -> Result<bool, Failure> {
+    match Store::open(&options.store) {
+        Ok(_) => Ok(false),
+        // Perhaps empty, and then it becomes one.
+        Err(StoreError::NotAStore { .. }) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, started: Instant) -> Result<Converted, Failure> {
+    let new_store = needs_new_store(options)?;
     if image.layers.is_empty() {
         return Err(Failure::NoLayers { image: image.name });
     }

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::Converted;
+use super::{Converted, Outcome};
+use crate::failure::Failure;
 use crate::printable::printable;
 use crate::progress::bytes;
 
@@ -45,4 +46,49 @@ pub fn json(done: &Converted) -> Value {
         "sizes": root.sizes,
         "seconds": done.seconds,
     })
+}
+
+/// All platforms of an image, for people.
+pub fn all_text(source: &str, outcomes: &[Outcome]) -> String {
+    let one = |outcome: &Outcome| match &outcome.result {
+        Ok(done) => text(done),
+        Err(failure) => {
+            format!("{} ({})\n  failed    {}\n", printable(source), printable(&platform(outcome)), failure.report().trim_start_matches("error: "))
+        }
+    };
+    outcomes.iter().map(one).collect()
+}
+
+/// All platforms of an image, for programs: what [`json`] says of each, or why it failed.
+pub fn all_json(source: &str, outcomes: &[Outcome]) -> Value {
+    let one = |outcome: &Outcome| match &outcome.result {
+        Ok(done) => json(done),
+        Err(failure) => {
+            let error = failure.report();
+            json!({"source": source, "platform": outcome.platform.as_ref().map(ToString::to_string), "error": error.trim_start_matches("error: ")})
+        }
+    };
+    outcomes.iter().map(one).collect()
+}
+
+/// The failure of the command, if a platform failed.
+pub fn all_failure(source: &str, outcomes: Vec<Outcome>) -> Result<(), Failure> {
+    let count = outcomes.len();
+    let mut failed = Vec::new();
+    let mut first = None;
+    for outcome in outcomes {
+        let platform = platform(&outcome);
+        if let Err(failure) = outcome.result {
+            failed.push(platform);
+            first.get_or_insert(failure);
+        }
+    }
+    match first {
+        None => Ok(()),
+        Some(first) => Err(Failure::Platforms { image: source.to_owned(), failed, count, first: Box::new(first) }),
+    }
+}
+
+fn platform(outcome: &Outcome) -> String {
+    outcome.platform.as_ref().map_or_else(|| "unknown platform".to_owned(), ToString::to_string)
 }

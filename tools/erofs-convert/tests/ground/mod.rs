@@ -64,6 +64,11 @@ impl Ground {
             command.arg("--state").arg(self.scratch.join("state"));
         }
         command.current_dir(self.scratch.path()).env_remove("SLIPWAY_LOG");
+        // The logins of whoever runs the tests are none of their business.
+        command.env("HOME", self.scratch.path()).env("XDG_RUNTIME_DIR", self.scratch.path());
+        for name in ["DOCKER_CONFIG", "REGISTRY_AUTH_FILE", "XDG_CONFIG_HOME"] {
+            command.env_remove(name);
+        }
         command
     }
 
