@@ -12,7 +12,9 @@ use crate::digest::Digest;
 use crate::meta::{Attr, Chunk, Content, Data, Device, PackRef, Time, Xattr};
 
 const MAGIC: [u8; 8] = *b"SLWYTREE";
-const VERSION: u32 = 1;
+/// Of the encoding, and of how an archive is read: a tree read by other rules must not be reused as if it were this version's. Whoever
+/// changes which tree a layer gives raises it. 2: xattrs, ACLs, capabilities of hard links and PAX records as containerd takes them.
+const VERSION: u32 = 2;
 
 const IMPLICIT_DIR: u8 = 0;
 const IMPLICIT_OPAQUE_DIR: u8 = 1;
@@ -332,7 +334,7 @@ mod tests {
         let tree = sample();
         let bytes = LayerTree { packs: vec![], entries: vec![tree.entries[11].clone(), tree.entries[12].clone()] }.encode();
         let expected: &[&[u8]] = &[
-            b"SLWYTREE\x01\0\0\0", // magic, version 1
+            b"SLWYTREE\x02\0\0\0", // magic, version 2
             &[0, 2],               // no packs, two entries
             &[0, 12],              // nothing shared, 12 bytes of path
             b"dir/sub/link",
@@ -346,7 +348,7 @@ mod tests {
             b"\x05hello",
         ];
         assert_eq!(bytes, expected.concat());
-        assert_eq!(Digest::of(&tree.encode()).to_string(), "5b6a4649f4dd4008e73c8763b89da590d8152888279360344e82d53cb02a62a7");
+        assert_eq!(Digest::of(&tree.encode()).to_string(), "b5f6d741c15fb292c09e18795a7f8a73bf75ac5ff62a3d4053b602e6b4febeeb");
     }
 
     #[test]
@@ -355,13 +357,13 @@ mod tests {
         for len in 0..bytes.len() {
             assert!(LayerTree::decode(&bytes[..len]).is_err(), "{len}");
         }
-        assert_eq!(LayerTree::decode(b"SLWYTREE\x02\0\0\0\0\0"), Err(LayerError::UnknownFormat));
+        assert_eq!(LayerTree::decode(b"SLWYTREE\x01\0\0\0\0\0"), Err(LayerError::UnknownFormat));
     }
 
     #[test]
     fn bytes_that_are_no_layer_tree_are_refused() {
         let check = |body: &[u8], expected: &str| {
-            let bytes = [b"SLWYTREE\x01\0\0\0", body].concat();
+            let bytes = [b"SLWYTREE\x02\0\0\0", body].concat();
             let found = LayerTree::decode(&bytes).expect_err(expected).to_string();
             assert!(found.contains(expected), "{found}");
         };
@@ -384,7 +386,7 @@ mod tests {
     #[test]
     fn few_bytes_cannot_stand_for_much_memory() {
         // Every entry is the 32 KiB path before it with its last byte changed: four bytes each.
-        let mut bytes = [&b"SLWYTREE\x01\0\0\0\0"[..], &[0x80, 0x20, 0, 0x80, 0x80, 2], &[b'a'; 32768], &[12]].concat();
+        let mut bytes = [&b"SLWYTREE\x02\0\0\0\0"[..], &[0x80, 0x20, 0, 0x80, 0x80, 2], &[b'a'; 32768], &[12]].concat();
         for _ in 1..4096 {
             bytes.extend([0xff, 0xff, 1, 1, b'b', 12]);
         }
@@ -408,7 +410,7 @@ mod tests {
         #[test]
         fn any_bytes_never_panic(body in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = LayerTree::decode(&body);
-            let _ = LayerTree::decode(&[b"SLWYTREE\x01\0\0\0\0", &body[..]].concat());
+            let _ = LayerTree::decode(&[b"SLWYTREE\x02\0\0\0\0", &body[..]].concat());
         }
 
         #[test]
