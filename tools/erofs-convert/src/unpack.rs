@@ -10,6 +10,9 @@ use slipway::oci::VerifyReader;
 /// What is read from the blob in one go: large enough that the socket or file read is not what costs.
 const READ_SIZE: usize = 256 << 10;
 const MAGIC_LEN: u64 = 4;
+/// How far back a zstd frame may refer, which is memory for every layer under way: 128 MiB, what `zstd -d` takes unasked. Up to level 22 zstd uses no
+/// more; only `--long` can ask for it.
+const ZSTD_WINDOW_LOG: u32 = 27;
 const GZIP_MAGIC: [u8; 3] = [0x1f, 0x8b, 8];
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// Skippable zstd frames (RFC 8878 §3.1.2) are `0x184D2A5?`, little-endian. A blob may begin with one.
@@ -41,7 +44,9 @@ impl<R: Read> Unpack<R> {
         let decoder = if gzip {
             Decoder::Gzip(Box::new(MultiGzDecoder::new(blob)))
         } else if zstd {
-            Decoder::Zstd(Box::new(zstd::stream::read::Decoder::with_buffer(blob)?))
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(blob)?;
+            decoder.window_log_max(ZSTD_WINDOW_LOG)?;
+            Decoder::Zstd(Box::new(decoder))
         } else {
             Decoder::Plain(Box::new(blob))
         };
@@ -63,7 +68,7 @@ impl<R: Read> Read for Unpack<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let len = match &mut self.decoder {
             Decoder::Gzip(decoder) => decoder.read(buf),
-            Decoder::Zstd(decoder) => decoder.read(buf),
+            Decoder::Zstd(decoder) => decoder.read(buf).map_err(window_told),
             Decoder::Plain(blob) => blob.read(buf),
         }?;
         if len == 0 && !buf.is_empty() {
@@ -71,6 +76,15 @@ impl<R: Read> Read for Unpack<R> {
         }
         Ok(len)
     }
+}
+
+/// zstd's own words for a window that is too large have no figure.
+fn window_told(error: io::Error) -> io::Error {
+    if !error.to_string().contains("too much memory") {
+        return error;
+    }
+    let limit = (1u64 << ZSTD_WINDOW_LOG) >> 20;
+    io::Error::new(error.kind(), format!("its zstd frame needs a window of more than {limit} MiB; compress the layer without --long"))
 }
 
 #[cfg(test)]
@@ -112,6 +126,19 @@ mod tests {
             ("empty gzip", gzip(b""), b""),
         ] {
             assert_eq!(unpack(&blob, Sha256::of(&blob)).unwrap(), expected, "{name}");
+        }
+    }
+
+    /// A frame of a few bytes that asks for a window of 2 GiB, and one of the largest that is taken.
+    #[test]
+    fn a_zstd_frame_with_a_huge_window_is_refused_with_the_figure() {
+        // Magic, a descriptor without anything, window 2^(10 + (byte >> 3)), a last raw block of one byte.
+        let frame = |window_log: u8| [&ZSTD_MAGIC[..], &[0, (window_log - 10) << 3, 0b1001, 0, 0, b'x']].concat();
+        let read = |frame: &[u8]| unpack(frame, Sha256::of(frame));
+        assert_eq!(read(&frame(27)).unwrap(), b"x");
+        for window_log in [28, 31] {
+            let error = read(&frame(window_log)).unwrap_err().to_string();
+            assert_eq!(error, "its zstd frame needs a window of more than 128 MiB; compress the layer without --long");
         }
     }
 

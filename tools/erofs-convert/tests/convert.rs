@@ -4,7 +4,9 @@
 
 mod ground;
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::path::PathBuf;
 
 use ground::{Ground, everything, files_below, noise};
 use testbed::{Compression, Entry, Image, Layer};
@@ -43,6 +45,32 @@ fn an_image_is_converted_listed_and_the_same_as_its_source() {
     assert!(dump.contains("file-0699"), "{dump}");
     assert_eq!(ground.run(&["dump", done["metadata"].as_str().unwrap()]).out, dump);
     ground.run(&["show", "other:1"]).assert_failed(3, &["other:1", "ls"]);
+}
+
+#[test]
+fn the_same_image_gives_the_same_bytes_however_many_layers_are_converted_at_once() {
+    let mut image = everything();
+    for number in 0..8u64 {
+        // Some of it again and again, so that layers finish in another order than they began.
+        let files = (0..=number % 3 * 20).map(|i| Entry::file(&format!("more/{number}-{i}"), noise(number + i % 5, 90_000)));
+        image = image.layer(&Layer::new(files), Compression::Gzip);
+    }
+    let mut first: Option<BTreeMap<PathBuf, Vec<u8>>> = None;
+    for jobs in ["1", "2", "8"] {
+        let ground = Ground::new("convert-jobs");
+        ground.layout.add("1", &image).unwrap();
+        let run = ground.run(&["convert", "oci:img:1", "--jobs", jobs]);
+        assert_eq!(run.code, 0, "{}", run.err);
+        let store = ["packs", "layers", "meta"].into_iter().flat_map(|dir| {
+            let dir = ground.store().join(dir);
+            files_below(&dir).into_iter().map(move |name| (name.clone(), fs::read(dir.join(name)).unwrap()))
+        });
+        let store: BTreeMap<PathBuf, Vec<u8>> = store.collect();
+        match &first {
+            None => first = Some(store),
+            Some(first) => assert!(*first == store, "--jobs {jobs} gave other bytes than --jobs 1"),
+        }
+    }
 }
 
 #[test]

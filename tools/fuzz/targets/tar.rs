@@ -6,6 +6,7 @@
 #![no_main]
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use erofs::block::UnitBits;
 use erofs::fold::fold;
@@ -24,7 +25,7 @@ use layer::{Budget, LayerOptions, MemorySink, convert_layer};
 const BLOCK: usize = 512;
 
 /// Small enough that no input takes long, and that nothing within it is too large for an image.
-const BUDGET: Budget = Budget { entries: 500, bytes: 4 << 20, metadata: 100 << 10 };
+const BUDGET: Budget = Budget { entries: 500, bytes: 4 << 20, metadata: 100 << 10, stream: 16 << 20, time: Duration::from_secs(60) };
 
 /// An entry of this type with bytes of data and PAX records.
 fn entry(kind: EntryType, path: &str, link: &str, bytes: &[u8], pax: &[(&str, &[u8])]) -> Vec<u8> {

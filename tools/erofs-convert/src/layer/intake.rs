@@ -1,12 +1,13 @@
 //! A tar stream as a sequence of entries and their data.
 
 use std::io::{ErrorKind, Read};
+use std::time::{Duration, Instant};
 
 use tar_core::parse::{Limits, ParseEvent, Parser};
 use tar_core::{HEADER_SIZE, Header};
 
-use super::ConvertError;
 use super::header::{Member, Refusal, member};
+use super::{Budget, ConvertError};
 
 /// Bytes asked of the reader at once: large enough that a system call or a decompressor's round costs nothing beside the bytes, small
 /// enough to stay in the second-level cache until they are copied on.
@@ -34,10 +35,15 @@ pub(super) struct Archive<R> {
     /// Path of the current entry and where its headers begin, for errors.
     path: Vec<u8>,
     entry_offset: u64,
+    /// What is left of the budgets for reading, and the budgets.
+    stream_left: u64,
+    stream: u64,
+    start: Instant,
+    time: Duration,
 }
 
 impl<R: Read> Archive<R> {
-    pub fn new(reader: R) -> Archive<R> {
+    pub fn new(reader: R, budget: &Budget) -> Archive<R> {
         let limits = Limits {
             max_metadata_size: MAX_HEADERS,
             // Paths are measured where they are put together.
@@ -49,7 +55,21 @@ impl<R: Read> Archive<R> {
         // Empty paths and odd PAX values have a meaning in Go; `header` gives them that or refuses them.
         parser.set_allow_empty_path(true);
         parser.set_ignore_pax_errors(true);
-        Archive { reader, parser, buffer: vec![0; READ_SIZE], unread: 0..0, offset: 0, data_left: 0, padding: 0, path: Vec::new(), entry_offset: 0 }
+        Archive {
+            reader,
+            parser,
+            buffer: vec![0; READ_SIZE],
+            unread: 0..0,
+            offset: 0,
+            data_left: 0,
+            padding: 0,
+            path: Vec::new(),
+            entry_offset: 0,
+            stream_left: budget.stream,
+            stream: budget.stream,
+            start: Instant::now(),
+            time: budget.time,
+        }
     }
 
     /// The next entry, skipping what was not taken of the one before. `None` at the end of the archive.
@@ -117,6 +137,7 @@ impl<R: Read> Archive<R> {
                 Ok(len) => {
                     self.offset += len as u64;
                     rest = &mut rest[len..];
+                    self.came(len)?;
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => (),
                 Err(source) => return Err(ConvertError::Read { offset: self.offset, source }),
@@ -185,12 +206,22 @@ impl<R: Read> Archive<R> {
         while self.unread.len() < wanted {
             match self.reader.read(&mut self.buffer[self.unread.end..]) {
                 Ok(0) => break,
-                Ok(len) => self.unread.end += len,
+                Ok(len) => {
+                    self.unread.end += len;
+                    self.came(len)?;
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => (),
                 Err(source) => return Err(ConvertError::Read { offset: self.offset + self.unread.len() as u64, source }),
             }
         }
         Ok(self.unread.len())
+    }
+
+    /// Counts what the reader gave and looks at the clock.
+    fn came(&mut self, len: usize) -> Result<(), ConvertError> {
+        let left = self.stream_left.checked_sub(len as u64);
+        self.stream_left = left.ok_or_else(|| self.over_budget("bytes of tar", self.stream))?;
+        if self.start.elapsed() > self.time { Err(self.over_budget("seconds to convert", self.time.as_secs())) } else { Ok(()) }
     }
 
     fn advance(&mut self, len: usize) {

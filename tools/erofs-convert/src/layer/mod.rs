@@ -28,6 +28,7 @@ mod upper;
 
 use std::borrow::Cow;
 use std::io::{self, Read};
+use std::time::Duration;
 
 use erofs::block::UnitBits;
 use erofs::layer::{LayerError, LayerTree};
@@ -62,12 +63,18 @@ pub struct Budget {
     pub bytes: u64,
     /// Bytes kept in memory for entries: paths, link targets, extended attributes, inline data.
     pub metadata: u64,
+    /// Bytes of the tar as it is read, with headers, extensions that are thrown away and what follows the archive's end: what a few megabytes of
+    /// gzip can unpack to.
+    pub stream: u64,
+    /// Time from the first byte to the last. It decides only whether there is a result, never which.
+    pub time: Duration,
 }
 
 impl Default for Budget {
-    /// 4 million entries, 256 GiB, 1 GiB of metadata: far above a whole distribution or a large model in one layer.
+    /// 4 million entries, 256 GiB in 288 GiB of tar, 1 GiB of metadata, 12 hours: far above a whole distribution or a large model in one layer, also
+    /// over a slow line.
     fn default() -> Self {
-        Budget { entries: 4_000_000, bytes: 256 << 30, metadata: 1 << 30 }
+        Budget { entries: 4_000_000, bytes: 256 << 30, metadata: 1 << 30, stream: 288 << 30, time: Duration::from_secs(12 * 3600) }
     }
 }
 
@@ -112,13 +119,13 @@ pub enum ConvertError {
         what: Cow<'static, str>,
     },
     /// The layer costs more than it may.
-    #[error("tar entry \"{path}\" at byte {offset}: the layer has more than {limit} {what}; build the image with this layer split into several")]
+    #[error("tar entry \"{path}\" at byte {offset}: the layer takes more than {limit} {what}; build the image with this layer split into several")]
     Budget {
         /// Path of the entry that was too much.
         path: String,
         /// Where the entry begins in the uncompressed tar.
         offset: u64,
-        /// `entries`, `bytes of file data` or `bytes of metadata`.
+        /// `entries`, `bytes of file data`, `bytes of metadata`, `bytes of tar` or `seconds to convert`.
         what: &'static str,
         /// The budget.
         limit: u64,
@@ -143,7 +150,7 @@ pub enum ConvertError {
 /// verifying reader sees every byte). Packs go to `sink` as they fill up; on an error some may have been published already.
 pub fn convert_layer(reader: impl Read, sink: &mut impl PackSink, options: &LayerOptions) -> Result<LayerTree, ConvertError> {
     let ((upper, places), packs) = compress::run(sink, options.unit_bits, options.threads, |feeder| {
-        let mut archive = Archive::new(reader);
+        let mut archive = Archive::new(reader, &options.budget);
         let mut upper = Upper::new();
         let mut chunker = Chunker::new(options.unit_bits, feeder);
         let mut costs = Costs { budget: options.budget, entries: 0, bytes: 0, metadata: 0 };

@@ -216,12 +216,48 @@ fn budgets_end_a_layer_with_their_figure() {
     };
     let files: [(&str, &[u8]); 2] = [("a", b"1"), ("b", &[2; 1000])];
     let advice = "build the image with this layer split into several";
-    check(&files, &|b| *b = Budget { entries: 2, bytes: 1001, metadata: 3 }, "");
-    check(&files, &|b| b.entries = 1, &format!("tar entry \"b\" at byte 1024: the layer has more than 1 entries; {advice}"));
-    check(&files, &|b| b.bytes = 1000, &format!("tar entry \"b\" at byte 1024: the layer has more than 1000 bytes of file data; {advice}"));
-    check(&files, &|b| b.metadata = 0, &format!("tar entry \"a\" at byte 0: the layer has more than 0 bytes of metadata; {advice}"));
+    check(&files, &|b| *b = Budget { entries: 2, bytes: 1001, metadata: 3, ..*b }, "");
+    check(&files, &|b| b.entries = 1, &format!("tar entry \"b\" at byte 1024: the layer takes more than 1 entries; {advice}"));
+    check(&files, &|b| b.bytes = 1000, &format!("tar entry \"b\" at byte 1024: the layer takes more than 1000 bytes of file data; {advice}"));
+    check(&files, &|b| b.metadata = 0, &format!("tar entry \"a\" at byte 0: the layer takes more than 0 bytes of metadata; {advice}"));
     // Names that no entry lists count as well.
-    check(&[("a/b/c/d", b""), ("e", b"")], &|b| b.entries = 3, &format!("tar entry \"e\" at byte 512: the layer has more than 3 entries; {advice}"));
+    check(
+        &[("a/b/c/d", b""), ("e", b"")],
+        &|b| b.entries = 3,
+        &format!("tar entry \"e\" at byte 512: the layer takes more than 3 entries; {advice}"),
+    );
+}
+
+/// Zeros, which gzip packs a thousandfold: as data, and after the archive's end, where no entry counts them.
+#[test]
+fn what_a_few_bytes_unpack_to_ends_at_the_budget() {
+    let budget = Budget { stream: 10 << 20, ..Budget::default() };
+    let options = LayerOptions { budget, ..options(1) };
+    let told = |bytes: &[u8]| {
+        let endless = bytes.chain(io::repeat(0));
+        convert_layer(endless, &mut MemorySink::default(), &options).unwrap_err().to_string()
+    };
+    let limit = "the layer takes more than 10485760 bytes of tar; build the image with this layer split into several";
+    assert_eq!(told(&[]), format!("tar entry \"\" at byte 0: {limit}"));
+    let mut header = EntryBuilder::new_ustar();
+    header.path("big").entry_type(EntryType::Regular).mode(0o644).unwrap().size(1 << 33).unwrap().mtime(1).unwrap();
+    assert_eq!(told(&header.finish_bytes()), format!("tar entry \"big\" at byte 0: {limit}"));
+}
+
+#[test]
+fn a_layer_that_takes_too_long_ends_with_the_time_it_had() {
+    /// Gives a byte every few milliseconds.
+    struct Slow;
+    impl Read for Slow {
+        fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+            std::thread::sleep(Duration::from_millis(5));
+            out[0] = 0;
+            Ok(1)
+        }
+    }
+    let options = LayerOptions { budget: Budget { time: Duration::from_secs(1), ..Budget::default() }, ..options(1) };
+    let error = convert_layer(Slow, &mut MemorySink::default(), &options).unwrap_err().to_string();
+    assert!(error.contains("the layer takes more than 1 seconds to convert"), "{error}");
 }
 
 #[test]
