@@ -58,7 +58,7 @@ impl Registry {
         fs::create_dir_all(dir)?;
         let config = dir.join("config.yml");
         let mut text = format!(
-            "version: 0.1\nlog:\n  level: info\n  formatter: json\n  accesslog:\n    disabled: true\n\
+            "version: 0.1\nlog:\n  level: debug\n  formatter: json\n  accesslog:\n    disabled: true\n\
              storage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\n  cache:\n    blobdescriptor: inmemory\n",
             dir.join("data").display()
         );
