@@ -4,7 +4,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint demo bench fuzz deps clean
+.PHONY: help build docs test lint demo bench fuzz deps clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -12,6 +12,11 @@ help: ## this list
 build: ## slipwayd and erofs-convert, optimised, in target/release
 	@tools/ci/packages.sh build
 	$(CARGO) build --release --workspace --bins
+
+docs: build ## manual pages and completion scripts, in target/docs
+	mkdir -p target/docs
+	target/release/erofs-convert man target/docs
+	for shell in bash zsh fish; do target/release/erofs-convert completion $$shell >target/docs/erofs-convert.$$shell || exit; done
 
 test: ## everything: house rules, unit, property and whole-system tests, here and in the guest kernel
 	@tools/ci/test.sh

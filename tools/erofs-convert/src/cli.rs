@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::thread::available_parallelism;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use slipway::oci::access::{CONTAINERD_CERTS, DOCKER_CERTS};
 use slipway::oci::{Access, Logins, Platform};
 
@@ -14,11 +14,15 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+    #[command(flatten)]
+    pub progress: ProgressArgs,
 }
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 image or platform not found, 4 the registry refuses access, 5 registry or network \
-failed, 6 bytes are not what their digests say or an image differs from its source, 7 this machine cannot do it, 130 interrupted.";
+failed, 6 bytes are not what their digests say or an image differs from its source, 7 this machine cannot do it, 130 interrupted.
+
+Results go to stdout; progress, warnings and errors to stderr. SLIPWAY_LOG filters the log (info, debug); NO_COLOR is respected.";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
@@ -65,6 +69,30 @@ pub enum Command {
         #[command(flatten)]
         output: OutputArgs,
     },
+    /// Print a shell's completion script.
+    ///
+    /// For bash: erofs-convert completion bash > /usr/share/bash-completion/completions/erofs-convert
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages into a directory.
+    #[command(hide = true)]
+    Man {
+        /// An existing directory
+        dir: PathBuf,
+    },
+}
+
+/// Shells that completion scripts are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Shell {
+    /// GNU bash
+    Bash,
+    /// The Z shell
+    Zsh,
+    /// fish
+    Fish,
 }
 
 /// Arguments of `convert`.
@@ -121,9 +149,52 @@ pub struct StoreArgs {
 /// How results are printed.
 #[derive(Debug, Args)]
 pub struct OutputArgs {
-    /// Print the result as one JSON object
+    /// How to print the result
+    #[arg(short, long, value_name = "FORMAT", env = "SLIPWAY_OUTPUT", default_value = "text")]
+    output: Output,
+    /// The same as --output json
     #[arg(long)]
-    pub json: bool,
+    json: bool,
+}
+
+/// Forms of a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people
+    Text,
+    /// One JSON object
+    Json,
+}
+
+/// What is shown while a command runs.
+#[derive(Debug, Args)]
+pub struct ProgressArgs {
+    /// How to show progress on stderr
+    #[arg(long, global = true, value_name = "HOW", env = "SLIPWAY_PROGRESS", default_value = "auto")]
+    pub progress: Show,
+    /// Show nothing but the result and errors: no progress, no warnings
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+}
+
+/// Ways of showing progress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Show {
+    /// Bars if stderr is a terminal, else plain
+    Auto,
+    /// A line for each event
+    Plain,
+    /// A JSON object for each event, also for log lines and the error
+    Json,
+    /// Nothing but warnings and errors
+    None,
+}
+
+impl OutputArgs {
+    /// A result is wanted as JSON.
+    pub fn json(&self) -> bool {
+        self.json || self.output == Output::Json
+    }
 }
 
 impl SourceArgs {
@@ -184,6 +255,9 @@ mod tests {
             "erofs-convert convert debian:12 --store /s --platform linux/arm64 --plain-http --json -j 3 --state /t --key /k",
             "erofs-convert convert debian:12 --store /s --all-platforms --ca /a --ca /b --hosts-dir /h",
             "erofs-convert ls --store /s --json",
+            "erofs-convert ls --store /s -o text -q",
+            "erofs-convert --progress json show debian:12 --store /s --output json",
+            "erofs-convert completion fish",
             "erofs-convert show debian:12 --store /s",
             "erofs-convert dump debian:12 --store /s",
             "erofs-convert check debian:12 oci:/img --store /s",
@@ -196,10 +270,13 @@ mod tests {
             "erofs-convert convert a --store /s --all-platforms --platform linux/arm64",
             "erofs-convert convert a --store /s -j 0",
             "erofs-convert ls --store /s x",
+            "erofs-convert ls --store /s -o yaml",
+            "erofs-convert ls --store /s --progress loud",
+            "erofs-convert completion tcsh",
         ] {
             assert_eq!(parse(line).err(), Some(2), "{line}");
         }
-        let Ok(Cli { command: Command::Convert(convert) }) = parse("erofs-convert convert a --store /s --state /t") else { panic!() };
+        let Ok(Cli { command: Command::Convert(convert), .. }) = parse("erofs-convert convert a --store /s --state /t") else { panic!() };
         assert_eq!((convert.state_dir(), convert.key_file()), ("/t".into(), "/t/key.pem".into()));
     }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use erofs::fold::FoldError;
 use erofs::image::{ImageError, TreeError};
+use serde_json::{Value, json};
 use slipway::oci::{ChainId, OciError, VerifyError};
 use slipway::store::StoreError;
 use slipway::store::key::KeyError;
@@ -141,6 +142,15 @@ pub enum Failure {
         #[source]
         first: Box<Failure>,
     },
+    /// A file the user asked for cannot be written.
+    #[error("cannot write {}", .path.display())]
+    Write {
+        /// The file or directory.
+        path: PathBuf,
+        /// The operating system's answer.
+        #[source]
+        source: io::Error,
+    },
     /// A result could not be written to stdout.
     #[error("cannot write the result")]
     Output(#[source] io::Error),
@@ -225,6 +235,17 @@ impl Failure {
             Failure::Stopped => INTERRUPTED,
             _ => 1,
         }
+    }
+
+    /// The same as [`Failure::report`] as one JSON object, for those who read progress as JSON.
+    pub fn event(&self) -> Value {
+        let mut causes = Vec::new();
+        let mut cause: Option<&dyn Error> = self.source();
+        while let Some(error) = cause {
+            causes.push(error.to_string());
+            cause = error.source();
+        }
+        json!({"event": "error", "message": self.to_string(), "causes": causes, "exitCode": self.exit_code()})
     }
 
     /// The message with everything that led to it, one cause per line, whatever an image's documents hold.

@@ -1,8 +1,9 @@
 //! `erofs-convert`: converts OCI images into a Slipway store and looks at what is in one.
 
 mod cli;
+mod docs;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -16,12 +17,18 @@ use slipway::oci::{Platform, Source};
 use slipway::store::Store;
 use tracing_subscriber::EnvFilter;
 
-use cli::{Cli, Command};
+use cli::{Cli, Command, ProgressArgs, Show};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let filter = EnvFilter::try_from_env("SLIPWAY_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    let Cli { command, progress } = Cli::parse();
+    start_log(&progress);
+    let progress = match progress.progress {
+        _ if progress.quiet => Progress::Silent,
+        Show::Auto => Progress::new(),
+        Show::Plain => Progress::Lines,
+        Show::Json => Progress::Events,
+        Show::None => Progress::Silent,
+    };
     uapi::process::limit_malloc_arenas(MALLOC_ARENAS);
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).enable_all().build() {
         Ok(runtime) => runtime,
@@ -30,16 +37,31 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match run(cli.command, runtime.handle()) {
+    match run(command, runtime.handle(), &progress) {
         Ok(()) => ExitCode::SUCCESS,
         // The reader of our output has gone: nothing is wrong on our side.
         Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(failure) => {
             // The exit code says it too, should nobody be reading.
-            let _ = writeln!(io::stderr(), "{}", failure.report());
+            match progress {
+                Progress::Events => progress.event(&failure.event()),
+                _ => drop(writeln!(io::stderr(), "{}", failure.report())),
+            }
             ExitCode::from(failure.exit_code())
         }
     }
+}
+
+/// Warnings on stderr, or what SLIPWAY_LOG asks for; as JSON beside JSON events.
+fn start_log(progress: &ProgressArgs) {
+    let level = if progress.quiet { "error" } else { "warn" };
+    let filter = EnvFilter::try_from_env("SLIPWAY_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    if progress.progress == Show::Json && !progress.quiet {
+        return log.json().flatten_event(true).init();
+    }
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    log.with_ansi(io::stderr().is_terminal() && !no_color).init();
 }
 
 /// The runtime only moves bytes from sockets and files to the threads that do the work.
@@ -49,10 +71,9 @@ const RUNTIME_THREADS: usize = 2;
 /// processors: 187 MB resident and 8.0 s of system time (page faults) with glibc's default, 139 MB and 2.6 s with two arenas.
 const MALLOC_ARENAS: u16 = 2;
 
-fn run(command: Command, runtime: &tokio::runtime::Handle) -> Result<(), Failure> {
+fn run(command: Command, runtime: &tokio::runtime::Handle, progress: &Progress) -> Result<(), Failure> {
     let stop = stop::on_signals(runtime).map_err(|source| Failure::State { path: "signal handlers".into(), source })?;
-    let progress = Progress::new();
-    let context = Context { runtime, stop: &stop, progress: &progress };
+    let context = Context { runtime, stop: &stop, progress };
     let (text, json) = match command {
         Command::Convert(args) => {
             let source = Source::parse(&args.source.source, &args.source.access())?;
@@ -61,19 +82,19 @@ fn run(command: Command, runtime: &tokio::runtime::Handle) -> Result<(), Failure
             let options = Options { source, platform, store: args.store.store, state, key, jobs };
             if args.all_platforms {
                 let done = convert::convert_all(&context, &options)?;
-                print(&report::all_text(&name, &done), args.output.json.then(|| report::all_json(&name, &done)))?;
+                print(&report::all_text(&name, &done), args.output.json().then(|| report::all_json(&name, &done)))?;
                 return report::all_failure(&name, done);
             }
             let done = convert(&context, &options)?;
-            (report::text(&done), args.output.json.then(|| report::json(&done)))
+            (report::text(&done), args.output.json().then(|| report::json(&done)))
         }
         Command::Ls { store, output } => {
             let images = inspect::images(&Store::open(&store.store)?)?;
-            (inspect::list_text(&images), output.json.then(|| inspect::list_json(&images)))
+            (inspect::list_text(&images), output.json().then(|| inspect::list_json(&images)))
         }
         Command::Show { image, store, output } => {
             let shown = inspect::show(&Store::open(&store.store)?, &image)?;
-            (inspect::show_text(&shown), output.json.then(|| inspect::show_json(&shown)))
+            (inspect::show_text(&shown), output.json().then(|| inspect::show_json(&shown)))
         }
         Command::Dump { image, store } => (inspect::dump(&Store::open(&store.store)?, &image)?, None),
         Command::Check { image, source, store, output } => {
@@ -84,8 +105,13 @@ fn run(command: Command, runtime: &tokio::runtime::Handle) -> Result<(), Failure
             let platform = source.platform.clone().unwrap_or(converted);
             let source = Source::parse(&source.source, &source.access())?;
             let differences = check::check(&context, &store, &root, &source, &platform)?;
-            print(&check::text(&differences), output.json.then(|| check::json(&differences)))?;
+            print(&check::text(&differences), output.json().then(|| check::json(&differences)))?;
             return verdict(root.source, &differences);
+        }
+        Command::Completion { shell } => (docs::completion(shell), None),
+        Command::Man { dir } => {
+            docs::write_man_pages(&dir).map_err(|source| Failure::Write { path: dir, source })?;
+            (String::new(), None)
         }
     };
     print(&text, json)

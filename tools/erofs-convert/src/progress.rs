@@ -1,15 +1,21 @@
-//! What a conversion shows while it runs: bars on a terminal, plain lines otherwise, always on stderr.
+//! What a conversion shows while it runs: bars on a terminal, plain lines otherwise, or JSON events, always on stderr.
 
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::printable::printable;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use slipway::oci::Sha256;
+
+use crate::printable::printable;
 
 /// A long layer says something this often where there are no bars: seldom enough for a log, often enough to see that it lives.
 const LINE_EVERY: Duration = Duration::from_secs(15);
+
+/// The same for programs, which may draw bars of it.
+const EVENT_EVERY: Duration = Duration::from_secs(1);
 
 /// How a conversion reports.
 pub enum Progress {
@@ -17,7 +23,9 @@ pub enum Progress {
     Bars(MultiProgress),
     /// A line per event.
     Lines,
-    /// Nothing, for tests and library use.
+    /// A JSON object per event, each on a line of its own.
+    Events,
+    /// Nothing.
     Silent,
 }
 
@@ -25,6 +33,8 @@ pub enum Progress {
 pub struct LayerProgress<'a> {
     progress: &'a Progress,
     title: String,
+    /// What every JSON event about this layer has.
+    event: Value,
     total: u64,
     done: AtomicU64,
     started: Instant,
@@ -40,17 +50,27 @@ impl Progress {
 
     /// A line that stays.
     pub fn say(&self, line: &str) {
-        let line = &printable(line);
+        let text = &printable(line);
         match self {
             // With the terminal or the pipe gone there is nobody to tell, which is no reason to stop. (`eprintln!` would panic.)
-            Progress::Bars(bars) => drop(bars.println(line)),
-            Progress::Lines => drop(writeln!(std::io::stderr(), "{line}")),
+            Progress::Bars(bars) => drop(bars.println(text)),
+            Progress::Lines => drop(writeln!(std::io::stderr(), "{text}")),
+            Progress::Events => self.event(&json!({"event": "message", "message": line})),
             Progress::Silent => {}
         }
     }
 
-    /// A layer of `total` blob bytes begins.
-    pub fn layer(&self, title: String, total: u64) -> LayerProgress<'_> {
+    /// A JSON event, for those who asked for such.
+    pub fn event(&self, event: &Value) {
+        if let Progress::Events = self {
+            // One write, so that lines of several threads do not mix.
+            drop(std::io::stderr().write_all(format!("{event}\n").as_bytes()));
+        }
+    }
+
+    /// Layer `number` of `count`, of `total` blob bytes, begins.
+    pub fn layer(&self, number: usize, count: usize, digest: Sha256, total: u64) -> LayerProgress<'_> {
+        let title = layer_title(number, count, digest);
         let bar = match self {
             Progress::Bars(bars) => {
                 let template = "{prefix:36!} [{bar:30}] {bytes:>10}/{total_bytes} {binary_bytes_per_sec:>12} {eta:>4}";
@@ -59,14 +79,23 @@ impl Progress {
                 bar.set_prefix(title.clone());
                 Some(bar)
             }
-            Progress::Lines | Progress::Silent => None,
+            Progress::Lines => {
+                self.say(&format!("{title}: {}", bytes(total)));
+                None
+            }
+            Progress::Events | Progress::Silent => None,
         };
-        if bar.is_none() {
-            self.say(&format!("{title}: {}", bytes(total)));
-        }
+        let event = json!({"event": "layer", "layer": number, "layers": count, "digest": digest.oci(), "size": total});
         let now = Instant::now();
-        LayerProgress { progress: self, title, total, done: AtomicU64::new(0), started: now, last_line: Mutex::new(now), bar }
+        let layer = LayerProgress { progress: self, title, event, total, done: AtomicU64::new(0), started: now, last_line: Mutex::new(now), bar };
+        layer.event("started", 0);
+        layer
     }
+}
+
+/// How messages call a layer.
+pub fn layer_title(number: usize, count: usize, digest: Sha256) -> String {
+    format!("layer {number}/{count} {}", &digest.to_string()[..12])
 }
 
 impl Default for Progress {
@@ -83,20 +112,35 @@ impl LayerProgress<'_> {
             bar.inc(more);
             return;
         }
+        let every = if let Progress::Events = self.progress { EVENT_EVERY } else { LINE_EVERY };
         let mut last = self.last_line.lock().expect("no panic while the time is held");
-        if last.elapsed() >= LINE_EVERY {
+        if last.elapsed() >= every {
             *last = Instant::now();
-            self.progress.say(&format!("{}: {} of {}", self.title, bytes(done), bytes(self.total)));
+            match self.progress {
+                Progress::Events => self.event("running", done),
+                progress => progress.say(&format!("{}: {} of {}", self.title, bytes(done), bytes(self.total))),
+            }
         }
     }
 
-    /// The layer is in the store.
+    /// The layer is done.
     pub fn finish(self) {
-        let line = format!("{}: done in {:.1} s", self.title, self.started.elapsed().as_secs_f64());
+        let seconds = self.started.elapsed().as_secs_f64();
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
-        self.progress.say(&line);
+        match self.progress {
+            Progress::Events => self.event("done", self.done.load(Ordering::Relaxed)),
+            progress => progress.say(&format!("{}: done in {seconds:.1} s", self.title)),
+        }
+    }
+
+    fn event(&self, state: &str, done: u64) {
+        let mut event = self.event.clone();
+        event["state"] = state.into();
+        event["done"] = done.into();
+        event["seconds"] = self.started.elapsed().as_secs_f64().into();
+        self.progress.event(&event);
     }
 }
 

@@ -62,8 +62,7 @@ pub fn check(context: &Context<'_>, store: &Store, root: &ImageRoot, source: &So
 
 /// Applies one layer of the source, all digests verified.
 fn apply(context: &Context<'_>, source: &Source, image: &SourceImage, number: usize, layer: &SourceLayer, model: &mut Model) -> Result<(), Failure> {
-    let title = format!("layer {number}/{} {}", image.layers.len(), &layer.digest.to_string()[..12]);
-    let progress = context.progress.layer(title, layer.size);
+    let progress = context.progress.layer(number, image.layers.len(), layer.digest, layer.size);
     let blob = stop::wait(context.runtime, context.stop, source.open_layer(layer))??;
     let advance = |more| progress.advance(more);
     let blob = StoppableReader::new(blob, context.runtime, context.stop, &advance);

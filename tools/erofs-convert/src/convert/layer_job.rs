@@ -18,6 +18,7 @@ use crate::journal::{Entry, Journal};
 use crate::layer::{ConvertError, LayerOptions, PackSink, convert_layer};
 use crate::leftovers::Leftovers;
 use crate::pipe;
+use crate::progress::layer_title;
 use crate::stop::{self, StoppableReader};
 use crate::unpack::Unpack;
 
@@ -39,9 +40,9 @@ pub(super) struct LayerJob<'a> {
 impl LayerJob<'_> {
     /// Converts layer `number` and puts it into the store.
     pub(super) fn run(&self, number: usize, layer: &SourceLayer) -> Result<Finished, Failure> {
-        let title = format!("layer {number}/{} {}", self.image.layers.len(), &layer.digest.to_string()[..12]);
+        let count = self.image.layers.len();
         let (tree, packs, progress) = loop {
-            let progress = self.context.progress.layer(title.clone(), layer.size);
+            let progress = self.context.progress.layer(number, count, layer.digest, layer.size);
             let blob = stop::wait(self.context.runtime, self.stop, self.source.open_layer(layer))??;
             let advance = |more| progress.advance(more);
             let blob = StoppableReader::new(blob, self.context.runtime, self.stop, &advance);
@@ -49,6 +50,7 @@ impl LayerJob<'_> {
             match self.read(number, layer, blob, &mut sink) {
                 Ok(tree) => break (tree, sink.finished, progress),
                 Err(Failure::Damaged { .. }) if self.source.was_wrong(layer) => {
+                    let title = layer_title(number, count, layer.digest);
                     self.context.progress.say(&format!("{title}: wrong bytes, asking another host"));
                 }
                 Err(failure) => return Err(failure),
