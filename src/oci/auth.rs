@@ -46,7 +46,10 @@ impl Endpoint {
         let domain = &self.0.host.domain;
         let log_in = if domain == "docker.io" { "docker login".to_owned() } else { format!("docker login {domain}") };
         match self.0.login.get() {
-            Some(Some(login)) => format!("to {}: is the password still right, and has it the right to pull? If not, `{log_in}`", login.describe()),
+            Some(Some(login)) => {
+                let right = if self.0.scopes.is_empty() { "pull" } else { "push to this repository" };
+                format!("to {}: is the password still right, and has it the right to {right}? If not, `{log_in}`", login.describe())
+            }
             Some(None) => {
                 let places = self.0.logins.places();
                 let places = if places.is_empty() { "was given".to_owned() } else { format!("is in {places}") };
@@ -108,17 +111,34 @@ impl Endpoint {
         if token.bytes().all(|b| b.is_ascii_graphic()) { Ok(Secret::new(token)) } else { Err(none()) }
     }
 
+    /// What a token must allow: what the registry asks for and what we know to need.
+    fn scopes(&self, challenge: &Bearer) -> Vec<String> {
+        let own = &self.0.scopes;
+        let Some(asked) = &challenge.scope else {
+            return if own.is_empty() { vec![format!("repository:{}:pull", self.0.path)] } else { own.clone() };
+        };
+        if own.is_empty() {
+            return vec![asked.clone()];
+        }
+        // Ours of a repository allow at least what it asks for there.
+        let resource = |scope: &str| scope.rsplit_once(':').map(|(resource, _)| resource.to_owned());
+        let others = asked.split(' ').filter(|scope| !scope.is_empty() && own.iter().all(|known| resource(known) != resource(scope)));
+        own.iter().cloned().chain(others.map(str::to_owned)).collect()
+    }
+
     fn token_request(&self, realm: &Url, challenge: &Bearer, login: Option<&Login>) -> RequestBuilder {
         let client = if self.is_own(realm) { &self.0.own } else { &self.0.elsewhere };
-        let scope = challenge.scope.clone().unwrap_or_else(|| format!("repository:{}:pull", self.0.path));
-        let asked = challenge.service.iter().map(|service| ("service", service.as_str())).chain([("scope", scope.as_str())]);
+        let service = challenge.service.iter().map(|service| ("service", service.as_str()));
+        let scopes = self.scopes(challenge);
         if let Some(Proof::IdentityToken(token)) = login.map(|login| &login.proof) {
+            let scope = scopes.join(" ");
+            let asked = service.chain([("scope", scope.as_str())]);
             let own = [("grant_type", "refresh_token"), ("client_id", CLIENT_ID), ("refresh_token", token.reveal())];
             let body = url::form_urlencoded::Serializer::new(String::new()).extend_pairs(asked.chain(own)).finish();
             return client.post(realm.clone()).header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(body);
         }
         let mut url = realm.clone();
-        url.query_pairs_mut().extend_pairs(asked);
+        url.query_pairs_mut().extend_pairs(service.chain(scopes.iter().map(|scope| ("scope", scope.as_str()))));
         let request = client.get(url);
         match login.map(|login| &login.proof) {
             Some(Proof::Password { user, password }) => request.header(AUTHORIZATION, basic(user, password)),

@@ -36,6 +36,8 @@ pub(super) struct Inner {
     /// `--plain-http`: logins may go unencrypted to other machines.
     pub plain_http: bool,
     pub logins: Logins,
+    /// What tokens must allow besides what the registry asks for: for pushing.
+    pub scopes: Vec<String>,
     /// Looked up once, when first asked for.
     pub login: OnceCell<Option<Login>>,
     /// Value of the Authorization header.
@@ -56,6 +58,11 @@ pub(super) type Expected = (Sha256, Option<u64>);
 
 impl Endpoint {
     pub(super) fn new(host: Host, path: &str, access: &Access) -> Result<Endpoint, OciError> {
+        Endpoint::with_scopes(host, path, access, Vec::new())
+    }
+
+    /// One whose tokens allow more than the registry asks for.
+    pub(super) fn with_scopes(host: Host, path: &str, access: &Access, scopes: Vec<String>) -> Result<Endpoint, OciError> {
         let (own, elsewhere) = tls::clients(&host.tls, host.dial_timeout, !is_loopback(&host.root))?;
         Ok(Endpoint(Arc::new(Inner {
             host,
@@ -64,6 +71,7 @@ impl Endpoint {
             elsewhere,
             plain_http: access.plain_http,
             logins: access.logins.clone(),
+            scopes,
             login: OnceCell::new(),
             authorization: Mutex::new(None),
             down: AtomicBool::new(false),
@@ -174,11 +182,7 @@ impl Endpoint {
     /// One GET, through redirects. What is secret goes to the host itself only.
     async fn follow(&self, at: &str, accept: &'static str, from: Option<u64>) -> Result<Response, Failure> {
         let host = &self.0.host;
-        let mut url = Url::parse(&format!("{}/{}/{at}", host.root.as_str().trim_end_matches('/'), self.0.path))
-            .map_err(|e| Failure::BadUrl { reason: e.to_string() })?;
-        if let Some(namespace) = &host.namespace {
-            url.query_pairs_mut().append_pair("ns", namespace);
-        }
+        let mut url = self.url(at)?;
         for _ in 0..=MAX_REDIRECTS {
             let own = self.is_own(&url);
             // Without "identity" a proxy may compress what it passes on, and then no digest matches.
@@ -207,6 +211,17 @@ impl Endpoint {
             url = next;
         }
         Err(Failure::BadUrl { reason: format!("more than {MAX_REDIRECTS} redirects, the last to {}", origin(&url)) })
+    }
+
+    /// The URL of `at` within the repository.
+    pub(super) fn url(&self, at: &str) -> Result<Url, Failure> {
+        let host = &self.0.host;
+        let mut url = Url::parse(&format!("{}/{}/{at}", host.root.as_str().trim_end_matches('/'), self.0.path))
+            .map_err(|e| Failure::BadUrl { reason: e.to_string() })?;
+        if let Some(namespace) = &host.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        Ok(url)
     }
 
     pub(super) fn is_own(&self, url: &Url) -> bool {

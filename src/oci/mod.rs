@@ -30,10 +30,13 @@ pub mod archive;
 pub mod layout;
 pub mod docker_archive;
 pub mod source;
+pub mod push;
 #[cfg(test)]
 mod odd_logins;
 #[cfg(test)]
 mod odd_mirrors;
+#[cfg(test)]
+mod odd_pushes;
 #[cfg(test)]
 mod odd_registry;
 
@@ -41,6 +44,7 @@ pub use access::Access;
 pub use digest::{ChainId, DiffId, Sha256, chain_ids};
 pub use login::Logins;
 pub use platform::Platform;
+pub use push::Target;
 pub use reference::Reference;
 pub use source::{Source, SourceImage, SourceLayer};
 pub use verify::{VerifyError, VerifyReader};
@@ -161,6 +165,16 @@ pub enum OciError {
         /// Both digests, or both lengths.
         #[source]
         source: Box<VerifyError>,
+    },
+    /// A registry got other bytes than were sent, or says so.
+    #[error("{host} does not have {what} as it was sent{detail}; push it again")]
+    Rejected {
+        /// Registry host.
+        host: String,
+        /// Manifest or blob with its name.
+        what: String,
+        /// What it said, ready to append; may be empty.
+        detail: String,
     },
     /// The document is not what the specification says.
     #[error("{what} is malformed: {reason}; build or push the image again")]

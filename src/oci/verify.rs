@@ -66,10 +66,8 @@ pub fn verify_bytes(what: &str, expected: Sha256, announced: Option<u64>, bytes:
     if found == expected { Ok(()) } else { Err(VerifyError::Digest { what: what.to_owned(), expected, found }) }
 }
 
-/// Passes bytes through and reports the end only if everything that came has the expected length and digest; otherwise the
-/// read that meets the end fails with a [`VerifyError`]. Read it to its end (see [`VerifyReader::drain`]), or nothing is proven.
-pub struct VerifyReader<R> {
-    inner: R,
+/// What was seen so far of bytes that must have a digest and, where known, a length.
+pub(super) struct Check {
     what: String,
     expected: Sha256,
     announced: Option<u64>,
@@ -78,23 +76,26 @@ pub struct VerifyReader<R> {
     hasher: Option<Hasher>,
 }
 
-impl<R: Read> VerifyReader<R> {
-    /// `what` names the thing in errors; `announced` is its length if that is known.
-    pub fn new(inner: R, what: impl Into<String>, expected: Sha256, announced: Option<u64>) -> Self {
-        VerifyReader { inner, what: what.into(), expected, announced, seen: 0, hasher: Some(Hasher::new()) }
+impl Check {
+    pub(super) fn new(what: impl Into<String>, expected: Sha256, announced: Option<u64>) -> Check {
+        Check { what: what.into(), expected, announced, seen: 0, hasher: Some(Hasher::new()) }
     }
 
-    /// Reads and drops what is left, so that the digest covers everything.
-    pub fn drain(&mut self) -> io::Result<()> {
-        io::copy(self, &mut io::sink()).map(drop)
+    /// The next bytes.
+    pub(super) fn add(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.seen += bytes.len() as u64;
+        if let Some(announced) = self.announced.filter(|&announced| self.seen > announced) {
+            return Err(VerifyError::TooLong { what: self.what.clone(), expected: self.expected, announced }.into());
+        }
+        match &mut self.hasher {
+            Some(hasher) => hasher.update(bytes),
+            None => return Err(io::Error::other(format!("{}: more bytes after the end", self.what))),
+        }
+        Ok(())
     }
 
-    /// The end was reached and everything is as announced.
-    pub fn verified(&self) -> bool {
-        self.hasher.is_none()
-    }
-
-    fn at_end(&mut self) -> Result<(), VerifyError> {
+    /// There are no more bytes.
+    pub(super) fn end(&mut self) -> Result<(), VerifyError> {
         let Some(hasher) = &self.hasher else { return Ok(()) };
         if let Some(announced) = self.announced.filter(|&announced| self.seen < announced) {
             return Err(VerifyError::Truncated { what: self.what.clone(), expected: self.expected, announced, found: self.seen });
@@ -108,6 +109,30 @@ impl<R: Read> VerifyReader<R> {
     }
 }
 
+/// Passes bytes through and reports the end only if everything that came has the expected length and digest; otherwise the
+/// read that meets the end fails with a [`VerifyError`]. Read it to its end (see [`VerifyReader::drain`]), or nothing is proven.
+pub struct VerifyReader<R> {
+    inner: R,
+    check: Check,
+}
+
+impl<R: Read> VerifyReader<R> {
+    /// `what` names the thing in errors; `announced` is its length if that is known.
+    pub fn new(inner: R, what: impl Into<String>, expected: Sha256, announced: Option<u64>) -> Self {
+        VerifyReader { inner, check: Check::new(what, expected, announced) }
+    }
+
+    /// Reads and drops what is left, so that the digest covers everything.
+    pub fn drain(&mut self) -> io::Result<()> {
+        io::copy(self, &mut io::sink()).map(drop)
+    }
+
+    /// The end was reached and everything is as announced.
+    pub fn verified(&self) -> bool {
+        self.check.hasher.is_none()
+    }
+}
+
 impl<R: Read> Read for VerifyReader<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if buf.is_empty() {
@@ -115,17 +140,10 @@ impl<R: Read> Read for VerifyReader<R> {
         }
         let len = self.inner.read(buf)?;
         if len == 0 {
-            self.at_end()?;
+            self.check.end()?;
             return Ok(0);
         }
-        self.seen += len as u64;
-        if let Some(announced) = self.announced.filter(|&announced| self.seen > announced) {
-            return Err(VerifyError::TooLong { what: self.what.clone(), expected: self.expected, announced }.into());
-        }
-        match &mut self.hasher {
-            Some(hasher) => hasher.update(&buf[..len]),
-            None => return Err(io::Error::other(format!("{}: more bytes after the end", self.what))),
-        }
+        self.check.add(&buf[..len])?;
         Ok(len)
     }
 }

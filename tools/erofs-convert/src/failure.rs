@@ -129,6 +129,17 @@ pub enum Failure {
         /// How many differences.
         count: usize,
     },
+    /// The image is in the store, its target not in the registry.
+    #[error("{image} is converted, but {target} was not pushed: run the same command again, which will only push")]
+    Push {
+        /// The image.
+        image: String,
+        /// The target.
+        target: String,
+        /// Why.
+        #[source]
+        source: Box<OciError>,
+    },
     /// Some platforms of an image could not be converted; the others are.
     #[error("{image}: {} of {count} platforms failed ({}), the others are converted", .failed.len(), .failed.join(", "))]
     Platforms {
@@ -231,6 +242,7 @@ impl Failure {
             Failure::Store(StoreError::Damaged { .. }) | Failure::Damaged { .. } | Failure::Metadata { .. } | Failure::Differs { .. } => 6,
             Failure::NotConverted { .. } => 3,
             Failure::Ambiguous { .. } => 2,
+            Failure::Push { source, .. } => source_exit_code(source),
             Failure::Platforms { first, .. } => first.exit_code(),
             Failure::Stopped => INTERRUPTED,
             _ => 1,
@@ -283,7 +295,7 @@ fn source_exit_code(error: &OciError) -> u8 {
         OciError::NotFound { .. } | OciError::MissingPlatform { .. } => 3,
         OciError::Denied { .. } | OciError::Login { .. } => 4,
         OciError::Unreachable { .. } | OciError::Status { .. } => 5,
-        OciError::Damaged { .. } => 6,
+        OciError::Damaged { .. } | OciError::Rejected { .. } => 6,
         // What the registry itself said counts; the last host is the registry, unless that was found to be down before.
         OciError::EveryHost { errors, .. } => errors.last().map_or(1, |(_, error)| source_exit_code(error)),
         OciError::Malformed { .. }
