@@ -6,7 +6,7 @@ mod world;
 use std::fs;
 use std::os::unix::fs::FileExt;
 
-use testbed::{Compression, Image, SlipwaydConfig, need, noise, require};
+use testbed::{Compression, Image, Registry, SlipwaydConfig, need, noise, require};
 use world::{World, assert_same_tree, store_files};
 
 /// The same number on every Linux architecture.
@@ -37,6 +37,25 @@ fn a_converted_image_starts_from_its_original_reference_without_fetching_a_layer
     );
 
     assert_same_tree(&world.plain_tree(&reference, &built), &node.tree(&built));
+}
+
+#[test]
+fn a_target_in_another_registry_runs_anywhere_and_starts_lazily_with_slipway() {
+    require_everything!();
+    let world = World::new("target");
+    let (source, built) = world.push("full", &images::full());
+    let other = Registry::start(&world.scratch.join("other-registry")).expect("a second registry");
+    let target = other.reference("lazy/full:acc");
+    let done = world.converter.command(&source, &world.store).expect("a converter").args(["--target", &target]).output().expect("a conversion");
+    assert!(done.status.success(), "{done:?}");
+    let node = world.node();
+
+    let mark = other.mark();
+    node.containerd.cri().expect("a CRI client").pull(&target).expect("a pull");
+    let served = other.blob_bytes(mark);
+    assert!(built.layers.iter().all(|layer| !served.contains_key(&layer.digest)), "no layer is fetched: {served:?}");
+    assert_eq!(node.containerd.run(&target, &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
+    assert_same_tree(&world.plain_tree(&target, &built), &node.tree(&built));
 }
 
 #[test]

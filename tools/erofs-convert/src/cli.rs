@@ -105,6 +105,10 @@ pub struct Convert {
     /// Convert every Linux platform of an image for several; with --json the result is an array
     #[arg(long, conflicts_with = "platform")]
     pub all_platforms: bool,
+    /// Push the image under this name too when it is converted: the source's configuration and layers, which run anywhere, in a manifest
+    /// that says what it was made from. Layers in the same registry are taken over, others copied
+    #[arg(long, value_name = "REFERENCE", conflicts_with = "all_platforms")]
+    pub target: Option<String>,
     /// Directory for the journal and the key [default: /var/lib/slipway-convert for root, else below ~/.local/state]
     #[arg(long, value_name = "DIR", env = "SLIPWAY_CONVERT_STATE")]
     pub state: Option<PathBuf>,
@@ -254,6 +258,7 @@ mod tests {
             "erofs-convert convert debian:12 --store /s",
             "erofs-convert convert debian:12 --store /s --platform linux/arm64 --plain-http --json -j 3 --state /t --key /k",
             "erofs-convert convert debian:12 --store /s --all-platforms --ca /a --ca /b --hosts-dir /h",
+            "erofs-convert convert debian:12 --store /s --target example.com/debian:12-acc",
             "erofs-convert ls --store /s --json",
             "erofs-convert ls --store /s -o text -q",
             "erofs-convert --progress json show debian:12 --store /s --output json",
@@ -268,6 +273,7 @@ mod tests {
             "erofs-convert",
             "erofs-convert convert --store /s",
             "erofs-convert convert a --store /s --all-platforms --platform linux/arm64",
+            "erofs-convert convert a --store /s --all-platforms --target b",
             "erofs-convert convert a --store /s -j 0",
             "erofs-convert ls --store /s x",
             "erofs-convert ls --store /s -o yaml",

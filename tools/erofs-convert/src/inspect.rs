@@ -109,8 +109,9 @@ pub fn show(store: &Store, name: &str) -> Result<Shown, Failure> {
 pub fn show_text(shown: &Shown) -> String {
     let root = &shown.root;
     let mut text = format!(
-        "image     {}\nplatform  {}\nmanifest  {}\nchain     {}\nmetadata  {} ({})\ncontent   {} in {} inodes\nstored    {}\n\n",
+        "image     {}\n{}platform  {}\nmanifest  {}\nchain     {}\nmetadata  {} ({})\ncontent   {} in {} inodes\nstored    {}\n\n",
         printable(&root.source),
+        root.target.iter().map(|target| format!("target    {}\n", printable(target))).collect::<String>(),
         printable(&root.platform),
         root.manifest.oci(),
         root.chain.oci(),

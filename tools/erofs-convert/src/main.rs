@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use erofs_convert::check::{self, Differences};
+use erofs_convert::convert::target::TargetOptions;
 use erofs_convert::convert::{self, Context, Options, convert, report};
 use erofs_convert::failure::Failure;
 use erofs_convert::inspect;
@@ -79,7 +80,8 @@ fn run(command: Command, runtime: &tokio::runtime::Handle, progress: &Progress) 
             let source = Source::parse(&args.source.source, &args.source.access())?;
             let (name, platform) = (source.name(), args.source.platform.clone().unwrap_or_else(Platform::host));
             let (state, key, jobs) = (args.state_dir(), args.key_file(), args.jobs());
-            let options = Options { source, platform, store: args.store.store, state, key, jobs };
+            let target = args.target.as_deref().map(|text| TargetOptions::parse(text, &args.source.access(), &source)).transpose()?;
+            let options = Options { source, platform, store: args.store.store, state, key, jobs, target };
             if args.all_platforms {
                 let done = convert::convert_all(&context, &options)?;
                 print(&report::all_text(&name, &done), args.output.json().then(|| report::all_json(&name, &done)))?;

@@ -100,6 +100,13 @@ impl Registry {
         blob_bytes(self.settled_log().get(mark.0..).unwrap_or_default())
     }
 
+    /// Method and path, with what follows it, of every request answered since `mark`.
+    pub fn requests(&self, mark: Mark) -> Vec<String> {
+        let log = self.settled_log();
+        let answered = lines(log.get(mark.0..).unwrap_or_default()).filter(|line| line.msg.starts_with("response completed"));
+        answered.map(|line| format!("{} {}", line.method, line.uri)).collect()
+    }
+
     /// The log with everything that was answered before this call.
     ///
     /// The registry logs the end of a request after its client has the answer, so another request's line may still be missing. It logs the

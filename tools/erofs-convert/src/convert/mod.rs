@@ -8,6 +8,7 @@ mod layer_job;
 mod publish;
 pub mod report;
 mod reuse;
+pub mod target;
 
 use std::collections::HashMap;
 use std::fs;
@@ -31,6 +32,7 @@ use crate::stop;
 
 use layer_job::LayerJob;
 pub(crate) use layer_job::layer_failure;
+use target::{PushedTarget, TargetOptions};
 
 /// What to convert and where to.
 #[derive(Clone, Debug)]
@@ -47,6 +49,8 @@ pub struct Options {
     pub key: PathBuf,
     /// Layers converted at once.
     pub jobs: usize,
+    /// What to push when it is converted.
+    pub target: Option<TargetOptions>,
 }
 
 /// What a conversion runs with.
@@ -68,6 +72,8 @@ pub struct Converted {
     pub reused: Vec<bool>,
     /// Packs of the image's metadata, in device order, with the length of their files.
     pub packs: Vec<(Digest, u64)>,
+    /// What was pushed.
+    pub target: Option<PushedTarget>,
     /// How long it took.
     pub seconds: f64,
 }
@@ -149,8 +155,16 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
     let job = LayerJob { context, source: &options.source, image: &image, store: &store, journal: &journal, leftovers: &leftovers, stop: &stop };
     let done = in_parallel(options.jobs, todo, &stop, |(number, layer)| Ok((layer.diff_id, job.run(number, layer)?)))?;
     finished.extend(done);
-    let (root, packs, reused) = publish::publish(context, options.jobs, &store, &key, &image, &finished)?;
-    Ok(Converted { root, reused, packs, seconds: started.elapsed().as_secs_f64() })
+    let (mut root, packs, reused) = publish::publish(context, options.jobs, &store, &key, &image, &finished)?;
+    // Last, so that a push that fails leaves the image converted.
+    let mut target = None;
+    if let Some(options_of_it) = &options.target {
+        let pushed = target::push(context, options_of_it, &options.source, &image)?;
+        root.target = Some(pushed.reference.clone());
+        store.put_image(&root)?;
+        target = Some(pushed);
+    }
+    Ok(Converted { root, reused, packs, target, seconds: started.elapsed().as_secs_f64() })
 }
 
 /// The layers to convert with their numbers (from 1): each diff ID once, largest first, so that the last one running is a small one.

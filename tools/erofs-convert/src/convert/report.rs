@@ -1,7 +1,9 @@
 //! What a conversion says when it is done.
 
 use serde_json::{Value, json};
+use slipway::oci::push::Pushed;
 
+use super::target::PushedTarget;
 use super::{Converted, Outcome};
 use crate::failure::Failure;
 use crate::printable::printable;
@@ -11,9 +13,14 @@ use crate::progress::bytes;
 pub fn text(done: &Converted) -> String {
     let root = &done.root;
     let reused = done.reused.iter().filter(|&&reused| reused).count();
+    let target = done.target.iter().map(|target| {
+        let sent: u64 = target.blobs.iter().filter(|(how, _)| *how == Pushed::Sent).map(|(_, size)| size).sum();
+        format!("  target    {}@{} ({} sent)\n", printable(&target.reference), target.digest.oci(), bytes(sent))
+    });
+    let target: String = target.collect();
     format!(
         "{} ({})\n  manifest  sha256:{}\n  chain     sha256:{}\n  metadata  {} ({})\n  layers    {} ({reused} reused)\n  \
-         content   {} in {} inodes\n  stored    {} in {} packs\n  seconds   {:.1}\n",
+         content   {} in {} inodes\n  stored    {} in {} packs\n{target}  seconds   {:.1}\n",
         printable(&root.source),
         printable(&root.platform),
         root.manifest,
@@ -44,7 +51,21 @@ pub fn json(done: &Converted) -> Value {
         "layers": layers.collect::<Vec<_>>(),
         "packs": done.packs.iter().map(|(digest, len)| json!({"digest": digest.to_string(), "size": len})).collect::<Vec<_>>(),
         "sizes": root.sizes,
+        "target": done.target.as_ref().map(target_json),
         "seconds": done.seconds,
+    })
+}
+
+fn target_json(target: &PushedTarget) -> Value {
+    let count = |wanted: Pushed| target.blobs.iter().filter(|(how, _)| *how == wanted).count();
+    let sent: u64 = target.blobs.iter().filter(|(how, _)| *how == Pushed::Sent).map(|(_, size)| size).sum();
+    json!({
+        "reference": target.reference,
+        "digest": target.digest.oci(),
+        "present": count(Pushed::Present),
+        "mounted": count(Pushed::Mounted),
+        "sent": count(Pushed::Sent),
+        "sentBytes": sent,
     })
 }
 

@@ -1,0 +1,205 @@
+//! The image that is pushed after a conversion, for those who want a name of its own for what starts lazily.
+//!
+//! It has the source's configuration and layers, so it runs anywhere, and its chains are the source's, so it starts lazily where the source
+//! does. Its manifest says which image it was made from, which also gives it a digest of its own: deleting one by digest leaves the other.
+//! Documents are written with sorted keys and depend on the source only.
+
+use std::time::Instant;
+
+use serde_json::{Map, Value, json};
+use slipway::oci::push::{Content, Pushed};
+use slipway::oci::{Access, OciError, Reference, Sha256, Source, SourceImage, SourceLayer, Target};
+
+use super::Context;
+use crate::failure::Failure;
+use crate::progress::bytes;
+use crate::stop;
+
+const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+/// Annotation of a target's manifest: the image it was made from, as `repository@digest`, or the digest alone of one from no registry.
+const SOURCE: &str = "containerd.io/snapshot/slipway.source";
+
+/// Where a target goes.
+#[derive(Clone, Debug)]
+pub struct TargetOptions {
+    /// Its name, with a tag.
+    pub reference: Reference,
+    /// How its registry is reached.
+    pub access: Access,
+}
+
+/// A target that was pushed.
+#[derive(Clone, Debug)]
+pub struct PushedTarget {
+    /// Its name.
+    pub reference: String,
+    /// Digest of its manifest.
+    pub digest: Sha256,
+    /// How each blob came there, with its length: layers from the lowest, the configuration last.
+    pub blobs: Vec<(Pushed, u64)>,
+}
+
+impl TargetOptions {
+    /// A target called `text` for an image of `source`; it must not be the source itself.
+    pub fn parse(text: &str, access: &Access, source: &Source) -> Result<TargetOptions, Failure> {
+        let reference: Reference = text.strip_prefix("docker://").unwrap_or(text).parse()?;
+        let bad = |reason: &str| OciError::BadReference { text: text.to_owned(), reason: reason.to_owned() };
+        if reference.digest().is_some() {
+            return Err(bad("a target is pushed under a tag, and its digest is made by pushing it").into());
+        }
+        if let Source::Registry(registry) = source {
+            let from = registry.reference();
+            if (from.domain(), from.path(), from.tag()) == (reference.domain(), reference.path(), reference.tag()) {
+                return Err(bad("that is the source, which the target would replace; give it another tag or repository").into());
+            }
+        }
+        Ok(TargetOptions { reference, access: access.clone() })
+    }
+}
+
+/// Pushes the target of a converted image.
+pub(super) fn push(context: &Context<'_>, options: &TargetOptions, source: &Source, image: &SourceImage) -> Result<PushedTarget, Failure> {
+    let target = Target::new(options.reference.clone(), &options.access, source)?;
+    let failed = |error: OciError| Failure::Push { image: image.name.clone(), target: options.reference.to_string(), source: Box::new(error) };
+    let manifest = portable(source, image).map_err(failed)?;
+    let mut blobs = Vec::new();
+    let mut send = |title: String, digest, size, content| {
+        let started = Instant::now();
+        let pushed = stop::wait(context.runtime, context.stop, target.push_blob(digest, size, content))?.map_err(failed)?;
+        let how = match pushed {
+            Pushed::Present => "is there".to_owned(),
+            Pushed::Mounted => "taken over from the source's repository".to_owned(),
+            Pushed::Sent => format!("{} sent in {:.1} s", bytes(size), started.elapsed().as_secs_f64()),
+        };
+        context.progress.say(&format!("{title}: {how}"));
+        blobs.push((pushed, size));
+        Ok::<(), Failure>(())
+    };
+    for (i, layer) in image.layers.iter().enumerate() {
+        send(format!("pushing layer {}/{}", i + 1, image.layers.len()), layer.digest, layer.size, Content::Layer(source, layer))?;
+    }
+    let config = &image.config_bytes;
+    send("pushing the configuration".to_owned(), Sha256::of(config), config.len() as u64, Content::Bytes(config))?;
+    let digest = stop::wait(context.runtime, context.stop, target.push_manifest(OCI_MANIFEST, &manifest))?.map_err(failed)?;
+    Ok(PushedTarget { reference: options.reference.to_string(), digest, blobs })
+}
+
+/// The manifest of a target that runs anywhere.
+fn portable(source: &Source, image: &SourceImage) -> Result<Vec<u8>, OciError> {
+    let malformed = |reason: String| OciError::Malformed { what: format!("the manifest of {}", image.name), reason };
+    let original: Value = serde_json::from_slice(&image.manifest_bytes).map_err(|e| malformed(e.to_string()))?;
+    let mut annotations = annotations_of(&original);
+    let digest = image.manifest_digest.oci();
+    let made_from = match source {
+        Source::Registry(registry) => format!("{}/{}@{digest}", registry.reference().domain(), registry.reference().path()),
+        _ => digest,
+    };
+    annotations.insert(SOURCE.to_owned(), made_from.into());
+    let layers: Vec<Value> = image
+        .layers
+        .iter()
+        .enumerate()
+        .map(|(i, layer)| {
+            let mut descriptor = layer_descriptor(layer);
+            let given = annotations_of(&original["layers"][i]);
+            if !given.is_empty() {
+                descriptor["annotations"] = given.into();
+            }
+            descriptor
+        })
+        .collect();
+    let config = json!({
+        "mediaType": "application/vnd.oci.image.config.v1+json",
+        "digest": Sha256::of(&image.config_bytes).oci(),
+        "size": image.config_bytes.len(),
+    });
+    let manifest = json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers, "annotations": annotations});
+    Ok(manifest.to_string().into_bytes())
+}
+
+fn annotations_of(document: &Value) -> Map<String, Value> {
+    document["annotations"].as_object().cloned().unwrap_or_default()
+}
+
+fn layer_descriptor(layer: &SourceLayer) -> Value {
+    json!({"mediaType": oci_layer_type(&layer.media_type), "digest": layer.digest.oci(), "size": layer.size})
+}
+
+/// What OCI calls a layer type of Docker's.
+fn oci_layer_type(media_type: &str) -> String {
+    let Some(form) = media_type.strip_prefix("application/vnd.docker.image.rootfs.") else { return media_type.to_owned() };
+    let (kind, form) = match form.strip_prefix("foreign.") {
+        Some(form) => ("layer.nondistributable.v1", form),
+        None => ("layer.v1", form),
+    };
+    let form = form.strip_prefix("diff.").unwrap_or(form).replace('.', "+");
+    format!("application/vnd.oci.image.{kind}.{form}")
+}
+
+#[cfg(test)]
+mod tests {
+    use slipway::oci::{ChainId, DiffId, Platform};
+
+    use super::*;
+
+    fn image(manifest: &Value, media_type: &str) -> SourceImage {
+        let (layer, manifest_bytes) = (Sha256::of(b"layer"), manifest.to_string().into_bytes());
+        SourceImage {
+            name: "example.com/team/app:1".to_owned(),
+            manifest_digest: Sha256::of(&manifest_bytes),
+            manifest_bytes,
+            config_bytes: b"{}".to_vec(),
+            platform: Platform::host(),
+            layers: vec![SourceLayer { digest: layer, size: 5, media_type: media_type.to_owned(), diff_id: DiffId(layer), chain_id: ChainId(layer) }],
+        }
+    }
+
+    fn source(text: &str) -> Source {
+        Source::parse(text, &Access::default()).unwrap()
+    }
+
+    #[test]
+    fn a_manifest_depends_on_the_source_alone() {
+        let original = json!({"layers": [{"annotations": {"z": "1", "a": "2"}}], "annotations": {"org.opencontainers.image.title": "t", "b": "3"}});
+        let image = image(&original, "application/vnd.docker.image.rootfs.diff.tar.gzip");
+        let manifest = portable(&source("example.com/team/app:1"), &image).unwrap();
+        let expected = format!(
+            "{{\"annotations\":{{\"b\":\"3\",\"containerd.io/snapshot/slipway.source\":\"example.com/team/app@{}\",\
+             \"org.opencontainers.image.title\":\"t\"}},\"config\":{{\"digest\":\"{}\",\"mediaType\":\"application/vnd.oci.image.config.v1+json\",\
+             \"size\":2}},\"layers\":[{{\"annotations\":{{\"a\":\"2\",\"z\":\"1\"}},\"digest\":\"{}\",\
+             \"mediaType\":\"application/vnd.oci.image.layer.v1.tar+gzip\",\"size\":5}}],\
+             \"mediaType\":\"application/vnd.oci.image.manifest.v1+json\",\"schemaVersion\":2}}",
+            image.manifest_digest.oci(),
+            Sha256::of(b"{}").oci(),
+            Sha256::of(b"layer").oci(),
+        );
+        assert_eq!(String::from_utf8(manifest.clone()).unwrap(), expected);
+        assert_eq!(portable(&source("example.com/team/app:other-tag"), &image).unwrap(), manifest, "a tag of the source does not matter");
+        let from_layout = portable(&source("oci:/some/dir:1"), &image).unwrap();
+        assert!(!String::from_utf8(from_layout).unwrap().contains("/some/dir"), "a machine's paths stay on it");
+    }
+
+    #[test]
+    fn layer_types_become_those_of_oci() {
+        for (given, expected) in [
+            ("application/vnd.docker.image.rootfs.diff.tar", "application/vnd.oci.image.layer.v1.tar"),
+            ("application/vnd.docker.image.rootfs.diff.tar.zstd", "application/vnd.oci.image.layer.v1.tar+zstd"),
+            ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"),
+            ("application/vnd.oci.image.layer.v1.tar+gzip", "application/vnd.oci.image.layer.v1.tar+gzip"),
+        ] {
+            assert_eq!(oci_layer_type(given), expected);
+        }
+    }
+
+    #[test]
+    fn a_target_is_another_tag() {
+        let parse = |text: &str, from: &str| TargetOptions::parse(text, &Access::default(), &source(from)).map(|t| t.reference.to_string());
+        assert_eq!(parse("docker://example.com/app:acc", "example.com/app:1").unwrap(), "example.com/app:acc");
+        assert_eq!(parse("debian", "example.com/debian").unwrap(), "docker.io/library/debian:latest");
+        for (text, part) in [("example.com/app", "replace"), (&*format!("example.com/app:x@{}", Sha256::of(b"").oci()), "under a tag")] {
+            let failure = parse(text, "example.com/app:latest").unwrap_err();
+            assert_eq!(failure.exit_code(), 2);
+            assert!(failure.to_string().contains(part), "{failure}");
+        }
+    }
+}
