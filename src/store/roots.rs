@@ -82,6 +82,15 @@ impl Store {
         Ok(published)
     }
 
+    /// What the store says so far of the image that `root` is about, if that can be read.
+    pub fn earlier_image(&self, root: &ImageRoot) -> Result<Option<ImageRoot>, StoreError> {
+        match self.read_root(&root.name().path()) {
+            Ok((earlier, _)) => Ok(Some(earlier)),
+            Err(error) if error.is_about_content() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Makes a file as young as one written now, by the store's own clock.
     fn renew(&self, path: &Path) {
         let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };

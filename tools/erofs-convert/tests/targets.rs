@@ -36,7 +36,10 @@ fn within_a_registry_no_layer_is_sent_and_beyond_it_each_once() {
     let wrote = |method: &str, part: &str| requests.iter().filter(|r| r.starts_with(method) && r.contains(part)).count();
     assert_eq!((wrote("POST ", "mount="), wrote("PUT ", "/blobs/"), wrote("PATCH ", ""), wrote("PUT ", "/manifests/1-acc")), (4, 0, 0, 1));
     assert_ne!(first["target"]["digest"], built.manifest.digest, "either can be deleted alone");
-    assert!(ground.run(&["show", &source]).out.contains(&registry.reference("lazy/app:1-acc")));
+    let shows_target = || ground.run(&["show", &source]).out.contains(&registry.reference("lazy/app:1-acc"));
+    assert!(shows_target());
+    ground.convert(&source);
+    assert!(shows_target(), "a conversion without a target forgets none");
 
     let mark = registry.mark();
     let again = convert(&ground, &source, &registry.reference("lazy/app:1-acc"));

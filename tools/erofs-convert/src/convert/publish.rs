@@ -53,7 +53,7 @@ pub(super) fn publish(
         }
         store.put_record(&prefix.payload, key)?;
     }
-    let root = ImageRoot {
+    let mut root = ImageRoot {
         source: image.name.clone(),
         target: None,
         platform: image.platform.to_string(),
@@ -68,6 +68,8 @@ pub(super) fn publish(
             .collect(),
         sizes: top.sizes,
     };
+    // A target that was pushed before is still there.
+    root.target = store.earlier_image(&root)?.and_then(|earlier| earlier.target);
     store.put_image(&root)?;
     let packs = top.packs.iter().map(|pack| Ok((pack.digest, reuse::pack_len(store, pack.digest)?))).collect::<Result<_, Failure>>()?;
     Ok((root, packs, layers.iter().map(|layer| layer.reused).collect()))
