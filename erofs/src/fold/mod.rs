@@ -9,7 +9,9 @@
 //!   other, the topmost first, and so also finds what a layer in between has hidden, and follows links within one layer only: of `d/e/` in
 //!   one layer, `d` made opaque in the next and `d/e/f` alone in a third it gives `d/e` the first layer's attributes, the fold those of
 //!   a new directory. What was removed should not come back.
-//! - A directory that a layer lists takes all its attributes from that layer, extended ones too, and keeps its children below.
+//! - A directory that a layer lists takes all its attributes from that layer, extended ones too, and keeps its children below. (Listed after
+//!   something in it, it has for containerd also the extended attributes it has below, from when it was implied. The order of entries should not
+//!   matter, and tools list directories first.)
 //! - A hard link to a file of a lower layer is one more name of that inode, as if the link had been made in the merged directory.
 //!   (containerd's overlayfs differ refuses such layers; its native one and umoci do the same as we.)
 //! - Times of directories are never touched by what happens in them.

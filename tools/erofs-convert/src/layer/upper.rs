@@ -9,6 +9,9 @@
 //!   opaque. (containerd on overlayfs fails, or shows the lower directory's content again, depending on the order.)
 //! - A directory in place of a non-directory of the same layer is opaque too: what was below went when the other took its place.
 //! - An opaque marker hides what is below, never what the layer lists, also on the root.
+//! - What takes the place of a directory that the layer listed has its own time. (containerd sets the times of listed directories by name when the
+//!   layer ends, so a file there gets the directory's, and where nothing is there any more it fails.)
+//! - A whiteout of nothing is in nobody's way. (containerd fails when a later layer implies a directory below that name.)
 //! - A character device 0:0 is a whiteout, because to overlayfs it is one.
 
 use std::collections::BTreeMap;

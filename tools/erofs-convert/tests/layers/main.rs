@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's own set-up")]
 
+mod containerd;
+mod features;
 mod random;
 mod referee;
 mod syscalls;

@@ -58,6 +58,10 @@ pub fn host(root: &Path, compare: Compare) -> Listing {
     while let Some(dir) = todo.pop() {
         for entry in fs::read_dir(dir).unwrap() {
             let entry = entry.unwrap();
+            // overlayfs lists whiteouts that lie in directories with nothing below, though nobody can open them.
+            if entry.path().symlink_metadata().is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {
+                continue;
+            }
             if entry.file_type().unwrap().is_dir() {
                 todo.push(entry.path());
             }
@@ -65,6 +69,11 @@ pub fn host(root: &Path, compare: Compare) -> Listing {
         }
     }
     paths.sort_by(|a, b| a.components().cmp(b.components()));
+    // Names are counted: the link count has also those that a layer above hides.
+    let mut names: BTreeMap<u64, usize> = BTreeMap::new();
+    for path in &paths {
+        *names.entry(path.symlink_metadata().unwrap().ino()).or_default() += 1;
+    }
     let mut first: BTreeMap<u64, String> = BTreeMap::new();
     for path in paths {
         let name = path.strip_prefix(root).unwrap().as_os_str().as_bytes().escape_ascii().to_string();
@@ -86,7 +95,7 @@ pub fn host(root: &Path, compare: Compare) -> Listing {
         };
         let attributes = (meta.mode() & 0o7777, meta.uid(), meta.gid(), meta.mtime(), meta.mtime_nsec() as u32);
         let mut text = line(kind, attributes, &content, &host_xattrs(&path), compare);
-        if !meta.is_dir() && meta.nlink() > 1 {
+        if !meta.is_dir() && names[&meta.ino()] > 1 {
             text += &format!(" same as {}", first.entry(meta.ino()).or_insert_with(|| name.clone()));
         }
         out.insert(name, text);

@@ -18,7 +18,7 @@ use tar_core::{EntryBuilder, EntryType};
 /// Layers per run.
 const LAYERS: u64 = 300;
 
-const CAPABILITY: &[u8] = &[1, 0, 0, 2, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+pub const CAPABILITY: &[u8] = &[1, 0, 0, 2, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 #[derive(Debug)]
 struct Entry {
@@ -41,7 +41,7 @@ fn acl(entries: &[(u16, u16)]) -> Vec<u8> {
     [vec![2, 0, 0, 0], entries.iter().flat_map(entry).collect()].concat()
 }
 
-fn any_acl(random: &mut Random) -> Vec<u8> {
+pub fn any_acl(random: &mut Random) -> Vec<u8> {
     let mut perm = || random.below(8) as u16;
     let minimal = acl(&[(1, perm()), (4, perm()), (32, perm())]);
     let masked = acl(&[(1, perm()), (4, perm()), (16, perm()), (32, perm())]);
