@@ -8,7 +8,7 @@ set -euo pipefail
 build=(cc=gcc cmake=cmake /usr/include/stdio.h=libc6-dev make=make pkg-config=pkg-config)
 test=(
     containerd=containerd runc=runc docker-registry=docker-registry skopeo=skopeo mkfs.ext4=e2fsprogs
-    fsck.erofs=erofs-utils umoci=umoci /bin/busybox=busybox-static strace=strace man=man-db openssl=openssl getfattr=attr setpriv=util-linux
+    fsck.erofs=erofs-utils umoci=umoci bsdtar=libarchive-tools /bin/busybox=busybox-static strace=strace man=man-db openssl=openssl getfattr=attr setpriv=util-linux
     /usr/src/linux-source-6.1.tar.xz=linux-source-6.1 flex=flex bison=bison bc=bc xz=xz-utils /usr/include/libelf.h=libelf-dev
 )
 demo=(

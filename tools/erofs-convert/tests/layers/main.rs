@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's own set-up")]
 
 mod containerd;
+mod corpora;
 mod features;
 mod random;
 mod referee;
