@@ -59,11 +59,16 @@ pub enum Command {
         store: StoreArgs,
     },
     /// Prove that a converted image is its source: reads the source's layers again and compares every file with what the store gives.
+    ///
+    /// With --mount, with what the kernel shows of it instead: content, all metadata, hard links. `slipwayd mount CHAIN DIR` mounts it.
     Check {
         /// Reference, or digest of the platform's manifest, of the converted image.
         image: String,
         #[command(flatten)]
         source: SourceArgs,
+        /// Compare the tree mounted at DIR, rather than what the store has
+        #[arg(long, value_name = "DIR")]
+        mount: Option<PathBuf>,
         #[command(flatten)]
         store: StoreArgs,
         #[command(flatten)]
@@ -266,6 +271,7 @@ mod tests {
             "erofs-convert show debian:12 --store /s",
             "erofs-convert dump debian:12 --store /s",
             "erofs-convert check debian:12 oci:/img --store /s",
+            "erofs-convert check debian:12 oci:/img --store /s --mount /mnt",
         ] {
             assert!(parse(line).is_ok(), "{line}");
         }

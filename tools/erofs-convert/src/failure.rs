@@ -153,6 +153,21 @@ pub enum Failure {
         #[source]
         first: Box<Failure>,
     },
+    /// The tree to compare with cannot be looked at.
+    #[error("cannot read {}: give --mount the directory where the image is mounted, as root", .path.display())]
+    Mounted {
+        /// The file or directory.
+        path: PathBuf,
+        /// The operating system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The tree to compare with is not the image alone.
+    #[error("another file system is mounted at {}: give --mount a directory with the image and nothing mounted in it", .path.display())]
+    MountedBelow {
+        /// Where.
+        path: PathBuf,
+    },
     /// A file the user asked for cannot be written.
     #[error("cannot write {}", .path.display())]
     Write {

@@ -99,14 +99,14 @@ fn run(command: Command, runtime: &tokio::runtime::Handle, progress: &Progress) 
             (inspect::show_text(&shown), output.json().then(|| inspect::show_json(&shown)))
         }
         Command::Dump { image, store } => (inspect::dump(&Store::open(&store.store)?, &image)?, None),
-        Command::Check { image, source, store, output } => {
+        Command::Check { image, source, mount, store, output } => {
             let store = Store::open(&store.store)?;
             let root = inspect::find(&store, &image)?;
             // What was converted is compared, whatever this machine is.
             let converted = root.platform.parse().unwrap_or_else(|_| Platform::host());
             let platform = source.platform.clone().unwrap_or(converted);
             let source = Source::parse(&source.source, &source.access())?;
-            let differences = check::check(&context, &store, &root, &source, &platform)?;
+            let differences = check::check(&context, &store, &root, &source, &platform, mount.as_deref())?;
             print(&check::text(&differences), output.json().then(|| check::json(&differences)))?;
             return verdict(root.source, &differences);
         }

@@ -1,17 +1,20 @@
 //! Proof that a converted image is its source: the source's layers are read again, by code that the converter does not use, and
-//! compared with the image as our reader and the packs give it back.
+//! compared with the image as our reader and the packs give it back, or as the kernel shows it where it is mounted.
 
 pub mod archive;
 pub mod compare;
 mod data;
 pub mod model;
+pub mod mounted;
 
 use std::io;
+use std::path::Path;
 use std::thread::available_parallelism;
 
+use erofs::digest::Digest;
 use erofs::image::Image;
 use erofs::meta::Content;
-use erofs::tree::{Body, Tree};
+use erofs::tree::{Body, InodeIndex, Tree};
 use serde_json::{Value, json};
 use slipway::oci::{Platform, Source, SourceImage, SourceLayer, VerifyReader};
 use slipway::store::{ImageRoot, Store};
@@ -20,6 +23,7 @@ pub use compare::Differences;
 use compare::{FileToRead, compare};
 use data::DataReader;
 use model::Model;
+use mounted::Mounted;
 
 use crate::convert::{Context, layer_failure};
 use crate::failure::Failure;
@@ -34,8 +38,15 @@ use crate::unpack::Unpack;
 /// Files whose data one thread reads before it takes the next: neighbours share units.
 const FILES_AT_ONCE: usize = 500;
 
-/// Compares the image of `root` with `source`.
-pub fn check(context: &Context<'_>, store: &Store, root: &ImageRoot, source: &Source, platform: &Platform) -> Result<Differences, Failure> {
+/// Compares the image of `root` with `source`: as the store has it, or as it is mounted at a directory.
+pub fn check(
+    context: &Context<'_>,
+    store: &Store,
+    root: &ImageRoot,
+    source: &Source,
+    platform: &Platform,
+    mounted: Option<&Path>,
+) -> Result<Differences, Failure> {
     let image = stop::wait(context.runtime, context.stop, source.resolve(platform))??;
     let mut differences = Differences::default();
     if image.manifest_digest != root.manifest {
@@ -53,10 +64,11 @@ pub fn check(context: &Context<'_>, store: &Store, root: &ImageRoot, source: &So
             Some((_, failure)) => return Err(failure),
         }
     };
-    let tree = read_image(store, root)?;
     context.progress.say("comparing");
-    let files = compare(&model, &tree, &mut differences);
-    compare_data(context, store, &model, &tree, files, &mut differences)?;
+    match mounted {
+        None => compare_stored(context, store, root, &model, &mut differences)?,
+        Some(dir) => compare_mounted(context, dir, &model, &mut differences)?,
+    }
     Ok(differences)
 }
 
@@ -85,15 +97,38 @@ fn read_image(store: &Store, root: &ImageRoot) -> Result<Tree, Failure> {
     tree.map_err(|source| Failure::Metadata { digest: root.metadata, source })
 }
 
-fn compare_data(
+fn compare_stored(context: &Context<'_>, store: &Store, root: &ImageRoot, model: &Model, differences: &mut Differences) -> Result<(), Failure> {
+    let tree = read_image(store, root)?;
+    let files = compare(model, &tree, differences);
+    let packs = tree.packs.iter().map(|pack| PackFile::open(store, pack)).collect::<Result<Vec<_>, _>>()?;
+    compare_data(context, model, files, differences, || {
+        let mut reader = DataReader::new(&packs);
+        let tree = &tree;
+        move |inode| match &tree.inode(inode).body {
+            Body::Content(Content::File(data)) => {
+                reader.digest(data).map_err(|what| format!("cannot be read from the store: {what}; remove that file, then convert the image again"))
+            }
+            _ => Err("is no file".to_owned()),
+        }
+    })
+}
+
+fn compare_mounted(context: &Context<'_>, dir: &Path, model: &Model, differences: &mut Differences) -> Result<(), Failure> {
+    let mounted = Mounted::walk(dir, context.stop)?;
+    let files = compare(model, &mounted.tree, differences);
+    compare_data(context, model, files, differences, || {
+        |inode| mounted.digest(inode).map_err(|error| format!("cannot be read below {}: {error}", dir.display()))
+    })
+}
+
+/// Compares the bytes of `files`. Every thread has a reader of its own, made by `new_reader`, which gives an inode's digest or what is wrong.
+fn compare_data<R: FnMut(InodeIndex) -> Result<Digest, String>>(
     context: &Context<'_>,
-    store: &Store,
     model: &Model,
-    tree: &Tree,
     mut files: Vec<FileToRead>,
     differences: &mut Differences,
+    new_reader: impl Fn() -> R + Sync,
 ) -> Result<(), Failure> {
-    let packs = tree.packs.iter().map(|pack| PackFile::open(store, pack)).collect::<Result<Vec<_>, _>>()?;
     let mut parts = Vec::new();
     while !files.is_empty() {
         let rest = files.split_off(files.len().min(FILES_AT_ONCE));
@@ -102,21 +137,15 @@ fn compare_data(
     let stop = context.stop.child_token();
     let jobs = available_parallelism().map_or(1, std::num::NonZero::get);
     let parts = in_parallel(jobs, parts, &stop, |part: Vec<FileToRead>| {
-        let mut reader = DataReader::new(&packs);
+        let mut read = new_reader();
         let (mut found, mut bytes) = (Vec::new(), 0);
         for file in part {
-            let (model::Body::File(size, expected), Body::Content(Content::File(data))) =
-                (&model.nodes[file.node].body, &tree.inode(file.inode).body)
-            else {
-                continue;
-            };
+            let model::Body::File(size, expected) = &model.nodes[file.node].body else { continue };
             bytes += size;
-            match reader.digest(data) {
+            match read(file.inode) {
                 Ok(digest) if digest == *expected => {}
                 Ok(digest) => found.push((file.path, format!("has content with BLAKE3 {expected} in the source, {digest} in the image"))),
-                Err(what) => {
-                    found.push((file.path, format!("cannot be read from the store: {what}; remove that file, then convert the image again")))
-                }
+                Err(what) => found.push((file.path, what)),
             }
         }
         Ok((found, bytes))
