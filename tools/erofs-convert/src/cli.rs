@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::thread::available_parallelism;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use erofs_convert::export::Target;
 use slipway::oci::access::{CONTAINERD_CERTS, DOCKER_CERTS};
 use slipway::oci::{Access, Logins, Platform};
 
@@ -69,6 +70,21 @@ pub enum Command {
         /// Compare the tree mounted at DIR, rather than what the store has
         #[arg(long, value_name = "DIR")]
         mount: Option<PathBuf>,
+        #[command(flatten)]
+        store: StoreArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Write a converted image as a plain OCI image layout, from the store alone.
+    ///
+    /// One layer for each of the source's, with the same files. The store keeps neither the source's archives nor its configuration: layers
+    /// and image have digests and diff IDs of their own, and the configuration has no command, environment or history.
+    Export {
+        /// Reference, or digest of the platform's manifest
+        image: String,
+        /// A directory that is empty or missing
+        #[arg(value_name = "oci:DIR[:TAG]")]
+        target: Target,
         #[command(flatten)]
         store: StoreArgs,
         #[command(flatten)]
@@ -268,6 +284,7 @@ mod tests {
             "erofs-convert ls --store /s -o text -q",
             "erofs-convert --progress json show debian:12 --store /s --output json",
             "erofs-convert completion fish",
+            "erofs-convert export debian:12 oci:/out:1 --store /s",
             "erofs-convert show debian:12 --store /s",
             "erofs-convert dump debian:12 --store /s",
             "erofs-convert check debian:12 oci:/img --store /s",
@@ -285,6 +302,7 @@ mod tests {
             "erofs-convert ls --store /s -o yaml",
             "erofs-convert ls --store /s --progress loud",
             "erofs-convert completion tcsh",
+            "erofs-convert export debian:12 /out --store /s",
         ] {
             assert_eq!(parse(line).err(), Some(2), "{line}");
         }

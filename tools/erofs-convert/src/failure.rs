@@ -168,6 +168,14 @@ pub enum Failure {
         /// Where.
         path: PathBuf,
     },
+    /// The store does not give a file's bytes.
+    #[error("\"{path}\" cannot be read from the store: {what}; convert the image again")]
+    Data {
+        /// The file in the image.
+        path: String,
+        /// What is wrong.
+        what: String,
+    },
     /// A file the user asked for cannot be written.
     #[error("cannot write {}", .path.display())]
     Write {
@@ -254,7 +262,11 @@ impl Failure {
         match self {
             Failure::Source(error) => source_exit_code(error),
             Failure::Store(StoreError::NoOpenat2 { .. }) => 7,
-            Failure::Store(StoreError::Damaged { .. }) | Failure::Damaged { .. } | Failure::Metadata { .. } | Failure::Differs { .. } => 6,
+            Failure::Store(StoreError::Damaged { .. })
+            | Failure::Damaged { .. }
+            | Failure::Metadata { .. }
+            | Failure::Data { .. }
+            | Failure::Differs { .. } => 6,
             Failure::NotConverted { .. } => 3,
             Failure::Ambiguous { .. } => 2,
             Failure::Push { source, .. } => source_exit_code(source),

@@ -17,4 +17,5 @@ pub mod leftovers;
 pub mod pack_file;
 pub mod convert;
 pub mod check;
+pub mod export;
 pub mod inspect;

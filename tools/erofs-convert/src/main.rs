@@ -10,6 +10,7 @@ use clap::Parser;
 use erofs_convert::check::{self, Differences};
 use erofs_convert::convert::target::TargetOptions;
 use erofs_convert::convert::{self, Context, Options, convert, report};
+use erofs_convert::export;
 use erofs_convert::failure::Failure;
 use erofs_convert::inspect;
 use erofs_convert::progress::Progress;
@@ -109,6 +110,11 @@ fn run(command: Command, runtime: &tokio::runtime::Handle, progress: &Progress) 
             let differences = check::check(&context, &store, &root, &source, &platform, mount.as_deref())?;
             print(&check::text(&differences), output.json().then(|| check::json(&differences)))?;
             return verdict(root.source, &differences);
+        }
+        Command::Export { image, target, store, output } => {
+            let store = Store::open(&store.store)?;
+            let done = export::export(&context, &store, &inspect::find(&store, &image)?, &target)?;
+            (export::text(&done), output.json().then(|| export::json(&done)))
         }
         Command::Completion { shell } => (docs::completion(shell), None),
         Command::Man { dir } => {

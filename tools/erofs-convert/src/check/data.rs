@@ -1,5 +1,7 @@
 //! File data as the store gives it back: from packs, every unit verified.
 
+use std::io;
+
 use erofs::block::BLOCK_SIZE;
 use erofs::digest::Digest;
 use erofs::meta::{Chunk, Data};
@@ -9,6 +11,14 @@ use crate::pack_file::PackFile;
 /// Decoded units kept. Files are read in path order and layers are packed in archive order, which is nearly the same; small files
 /// share units with their neighbours.
 const UNITS_KEPT: usize = 32;
+
+/// Why a file was not read to its end.
+pub enum ReadError {
+    /// The store does not give its bytes.
+    Data(String),
+    /// Whoever wanted them failed.
+    Sink(io::Error),
+}
 
 /// Reads files out of packs.
 pub struct DataReader<'a> {
@@ -25,31 +35,43 @@ impl<'a> DataReader<'a> {
 
     /// BLAKE3 of all bytes of a file, holes as zeros; or what is wrong with them.
     pub fn digest(&mut self, data: &Data) -> Result<Digest, String> {
+        let mut hasher = blake3::Hasher::new();
+        let read = self.read(data, |piece| {
+            hasher.update(piece);
+            Ok(())
+        });
+        match read {
+            Ok(()) => Ok(Digest(*hasher.finalize().as_bytes())),
+            Err(ReadError::Data(what)) => Err(what),
+            Err(ReadError::Sink(error)) => Err(error.to_string()),
+        }
+    }
+
+    /// Gives all bytes of a file to `sink`, holes as zeros.
+    pub fn read(&mut self, data: &Data, mut sink: impl FnMut(&[u8]) -> io::Result<()>) -> Result<(), ReadError> {
         let (size, unit_bits, chunks) = match data {
-            Data::Inline(bytes) => return Ok(Digest::of(bytes)),
+            Data::Inline(bytes) => return sink(bytes).map_err(ReadError::Sink),
             Data::Chunked { size, unit_bits, chunks } => (*size, *unit_bits, chunks),
         };
-        let mut hasher = blake3::Hasher::new();
         let zeros = vec![0; unit_bits.bytes() as usize];
         let mut left = size;
         for chunk in chunks {
             let len = left.min(unit_bits.bytes()) as usize;
-            match *chunk {
-                Chunk::Hole => {
-                    hasher.update(&zeros[..len]);
-                }
+            let piece = match *chunk {
+                Chunk::Hole => &zeros[..len],
                 Chunk::At { pack, block } => {
                     let from = (u64::from(block % unit_bits.blocks()) * BLOCK_SIZE) as usize;
-                    let unit = self.unit(pack, block / unit_bits.blocks())?;
-                    hasher.update(unit.get(from..from + len).ok_or("a chunk reaches past its unit")?);
+                    let unit = self.unit(pack, block / unit_bits.blocks()).map_err(ReadError::Data)?;
+                    unit.get(from..from + len).ok_or_else(|| ReadError::Data("a chunk reaches past its unit".to_owned()))?
                 }
-            }
+            };
+            sink(piece).map_err(ReadError::Sink)?;
             left -= len as u64;
         }
         if left > 0 {
-            return Err("it has too few chunks".to_owned());
+            return Err(ReadError::Data("it has too few chunks".to_owned()));
         }
-        Ok(Digest(*hasher.finalize().as_bytes()))
+        Ok(())
     }
 
     fn unit(&mut self, pack: u32, index: u32) -> Result<&[u8], String> {

@@ -3,7 +3,7 @@
 
 pub mod archive;
 pub mod compare;
-mod data;
+pub(crate) mod data;
 pub mod model;
 pub mod mounted;
 
