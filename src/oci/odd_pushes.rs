@@ -1,6 +1,7 @@
 //! Tests of pushing, against registries that are scripts on 127.0.0.1.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::odd_registry::{Reply, Request, Sample, Server};
 use super::push::{Content, Pushed};
@@ -97,6 +98,26 @@ async fn a_broken_upload_begins_anew() {
     assert_eq!(push(&server).await.unwrap(), Pushed::Sent);
     let puts: Vec<String> = asked(&server).into_iter().filter(|r| r.starts_with("PUT")).map(|r| r.chars().take(20).collect()).collect();
     assert_eq!(puts, ["PUT blobs/uploads/2?", "PUT blobs/uploads/3?", "PUT blobs/uploads/4?", "PUT blobs/uploads/5?"]);
+}
+
+/// The time that sending takes was once counted as silence, so layers that took longer than that were never pushed.
+#[tokio::test]
+async fn an_upload_may_take_longer_than_any_answer_may_be_silent() {
+    let server = registry(|_| at("/u"), |_| Reply::Late(Duration::from_secs(4), 201)).await;
+    assert_eq!(push(&server).await.unwrap(), Pushed::Sent);
+    assert_eq!(server.requests().len(), 3, "in one go");
+}
+
+#[tokio::test]
+async fn an_upload_that_gets_nowhere_begins_anew() {
+    let mut puts = 0;
+    let put = move |_: &Request| {
+        puts += 1;
+        if puts == 1 { Reply::Late(Duration::from_secs(7), 201) } else { status(201) }
+    };
+    let server = registry(|_| at("/u"), put).await;
+    assert_eq!(push(&server).await.unwrap(), Pushed::Sent);
+    assert_eq!(server.requests().len(), 5, "two uploads");
 }
 
 #[tokio::test]

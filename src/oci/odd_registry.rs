@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -20,6 +21,8 @@ pub(super) enum Reply {
     Broken(String, Vec<u8>, usize),
     /// Closes without an answer.
     Hangup,
+    /// This status, after so much silence.
+    Late(Duration, u16),
     /// A body without a length, ended by closing.
     Unframed(Vec<u8>),
 }
@@ -97,6 +100,10 @@ async fn read_request(stream: &mut TcpStream) -> Option<Request> {
 async fn send(mut stream: TcpStream, reply: Reply) {
     let (head, body, sent) = match reply {
         Reply::Hangup => return,
+        Reply::Late(silence, status) => {
+            tokio::time::sleep(silence).await;
+            (format!("HTTP/1.1 {status} x\r\nContent-Length: 0\r\n"), Vec::new(), 0)
+        }
         Reply::Whole(status, extra, body) => {
             let sent = body.len();
             (format!("HTTP/1.1 {status} x\r\nContent-Length: {}\r\n{extra}", body.len()), body, sent)

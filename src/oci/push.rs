@@ -5,26 +5,31 @@
 //! its own. The registry itself is written to, never a mirror of it.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, WWW_AUTHENTICATE};
-use reqwest::{Body, Method, RequestBuilder, Response, StatusCode, Url};
+use reqwest::{Body, Client, Method, RequestBuilder, Response, StatusCode, Url};
 use tokio_util::io::ReaderStream;
 
 use super::access::Access;
 use super::challenge::Challenge;
 use super::digest::Sha256;
-use super::endpoint::Endpoint;
+use super::endpoint::{Endpoint, is_loopback};
 use super::reference::Reference;
 use super::source::{BlobStream, Source, SourceLayer};
 use super::tries::{Failure, MAX_TRIES, Tries, header, origin};
 use super::verify::{Check, VerifyError};
-use super::{OciError, hosts};
+use super::{OciError, hosts, tls};
 
 /// Logins for one blob or manifest: the first, and one more for a token that runs out meanwhile.
 const MAX_LOGINS: u32 = 2;
+/// Longest time in which an upload gets nowhere: more than a source may take that is asked again and again, and than a registry needs to
+/// take over what it got.
+const STALL: Duration = if cfg!(test) { Duration::from_secs(3) } else { Duration::from_secs(300) };
 /// Bytes sent at once.
 const PIECE: usize = 128 << 10;
 
@@ -32,6 +37,8 @@ const PIECE: usize = 128 << 10;
 pub struct Target {
     reference: Reference,
     endpoint: Endpoint,
+    /// For blobs: to the registry itself, and to where it sends us.
+    upload: (Client, Client),
     /// Another repository of the same registry that has the source's blobs.
     mount_from: Option<String>,
 }
@@ -107,8 +114,9 @@ impl Target {
         let mut scopes = vec![format!("repository:{}:pull,push", reference.path())];
         scopes.extend(mount_from.iter().map(|path| format!("repository:{path}:pull")));
         let host = hosts::find(&reference, access)?.pop().expect("the registry itself is the last of its hosts");
+        let upload = tls::upload_clients(&host.tls, host.dial_timeout, !is_loopback(&host.root))?;
         let endpoint = Endpoint::with_scopes(host, reference.path(), access, scopes)?;
-        Ok(Target { reference, endpoint, mount_from })
+        Ok(Target { reference, endpoint, upload, mount_from })
     }
 
     /// What is pushed to.
@@ -205,14 +213,22 @@ impl Target {
             Content::Bytes(bytes) => Box::new(io::Cursor::new(bytes.to_vec())),
             Content::Layer(source, layer) => source.open_layer(layer).await.map_err(Trouble::Last)?,
         };
-        let (body, broken) = outgoing(stream, Check::new(what, digest, Some(size)));
-        let request = self.request(Method::PUT, &url).header(CONTENT_TYPE, "application/octet-stream").header(CONTENT_LENGTH, size).body(body);
-        let sent = request.send().await;
+        let (body, watch) = outgoing(stream, Check::new(what, digest, Some(size)));
+        let (own, elsewhere) = &self.upload;
+        let request = self
+            .request_by(own, elsewhere, Method::PUT, &url)
+            .header(CONTENT_TYPE, "application/octet-stream")
+            .header(CONTENT_LENGTH, size)
+            .body(body);
+        let sent = unless_stalled(request.send(), &watch.sent).await;
         // What kept us from sending is the reason, whatever the registry made of it.
-        let ours = broken.lock().expect("no panic while the error is held").take();
+        let ours = watch.broken.lock().expect("no panic while the error is held").take();
         if let Some(error) = ours {
             return Err(from_source(error, content, what));
         }
+        let Some(sent) = sent else {
+            return Err(Failure::Short { detail: format!("; the upload got nowhere for {} seconds", STALL.as_secs()) }.into());
+        };
         let mut response = sent.map_err(Failure::Transport)?;
         self.judge(&mut response, Some(what)).await?;
         Ok(Pushed::Sent)
@@ -220,11 +236,15 @@ impl Target {
 
     /// A request to the registry, or to where it sent us; what is secret goes to the registry only.
     fn request(&self, method: Method, url: &Url) -> RequestBuilder {
+        self.request_by(&self.endpoint.0.own, &self.endpoint.0.elsewhere, method, url)
+    }
+
+    fn request_by(&self, own: &Client, elsewhere: &Client, method: Method, url: &Url) -> RequestBuilder {
         let inner = &self.endpoint.0;
         if !self.endpoint.is_own(url) {
-            return inner.elsewhere.request(method, url.clone());
+            return elsewhere.request(method, url.clone());
         }
-        let request = inner.own.request(method, url.clone()).header(ACCEPT_ENCODING, "identity").headers(inner.host.headers.clone());
+        let request = own.request(method, url.clone()).header(ACCEPT_ENCODING, "identity").headers(inner.host.headers.clone());
         let authorization = inner.authorization.lock().expect("no panic while the header is held").clone();
         match authorization {
             Some(authorization) => request.header(AUTHORIZATION, authorization.reveal()),
@@ -283,22 +303,46 @@ fn location(asked: &Url, response: &Response) -> Result<Url, Failure> {
     Err(Failure::BadUrl { reason: format!("{} wants the upload unencrypted, at {}", origin(asked), origin(&url)) })
 }
 
-/// A request body that ends only if everything in it was right, and a place for what went wrong with it.
-fn outgoing(stream: BlobStream, check: Check) -> (Body, Arc<Mutex<Option<io::Error>>>) {
-    let broken = Arc::new(Mutex::new(None));
-    let slot = broken.clone();
-    let state = (ReaderStream::with_capacity(stream, PIECE), check, None::<Bytes>, slot);
-    let pieces = stream::try_unfold(state, |(mut pieces, mut check, held, slot)| async move {
+/// What is known of a body that is being sent.
+#[derive(Default)]
+struct Watch {
+    /// Pieces taken from it.
+    sent: AtomicU64,
+    /// What went wrong with it.
+    broken: Mutex<Option<io::Error>>,
+}
+
+/// The answer, or `None` if nothing was sent for too long.
+async fn unless_stalled<T>(answer: impl Future<Output = T>, sent: &AtomicU64) -> Option<T> {
+    let mut answer = std::pin::pin!(answer);
+    loop {
+        let before = sent.load(Ordering::Relaxed);
+        match tokio::time::timeout(STALL, &mut answer).await {
+            Ok(answer) => return Some(answer),
+            Err(_) if sent.load(Ordering::Relaxed) == before => return None,
+            Err(_) => {}
+        }
+    }
+}
+
+/// A request body that ends only if everything in it was right, and what becomes of it.
+fn outgoing(stream: BlobStream, check: Check) -> (Body, Arc<Watch>) {
+    let watch = Arc::new(Watch::default());
+    let state = (ReaderStream::with_capacity(stream, PIECE), check, None::<Bytes>, watch.clone());
+    let pieces = stream::try_unfold(state, |(mut pieces, mut check, held, watch)| async move {
         match next_piece(&mut pieces, &mut check, held).await {
-            Ok(Some((piece, held))) => Ok(Some((piece, (pieces, check, held, slot)))),
+            Ok(Some((piece, held))) => {
+                watch.sent.fetch_add(1, Ordering::Relaxed);
+                Ok(Some((piece, (pieces, check, held, watch))))
+            }
             Ok(None) => Ok(None),
             Err(error) => {
-                *slot.lock().expect("no panic while the error is held") = Some(error);
+                *watch.broken.lock().expect("no panic while the error is held") = Some(error);
                 Err(io::Error::other("the source failed"))
             }
         }
     });
-    (Body::wrap_stream(pieces), broken)
+    (Body::wrap_stream(pieces), watch)
 }
 
 /// The next piece to send and the one after it, which is kept back; the last is given only when all are verified.

@@ -11,7 +11,7 @@ use super::OciError;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest silence within an answer. Registries that fetch from a slower upstream can be silent for several seconds; a dead
 /// connection should not hold a conversion for minutes.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
+const SILENCE_TIMEOUT: Duration = if cfg!(test) { Duration::from_secs(3) } else { Duration::from_secs(30) };
 
 /// Certificates for one host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,6 +33,15 @@ impl Tls {
 
 /// The client for a host itself, and the one for where it sends us: there our certificate is not shown and every certificate is checked.
 pub(super) fn clients(tls: &Tls, dial_timeout: Option<Duration>, proxy: bool) -> Result<(Client, Client), OciError> {
+    patient_clients(tls, dial_timeout, proxy, Some(SILENCE_TIMEOUT))
+}
+
+/// [`clients`] for uploads: reqwest counts the time that sending takes as silence, so the caller has to notice a dead connection.
+pub(super) fn upload_clients(tls: &Tls, dial_timeout: Option<Duration>, proxy: bool) -> Result<(Client, Client), OciError> {
+    patient_clients(tls, dial_timeout, proxy, None)
+}
+
+fn patient_clients(tls: &Tls, dial_timeout: Option<Duration>, proxy: bool, silence: Option<Duration>) -> Result<(Client, Client), OciError> {
     let mut roots = Vec::new();
     for path in &tls.ca {
         roots.extend(certificates(path)?);
@@ -41,8 +50,10 @@ pub(super) fn clients(tls: &Tls, dial_timeout: Option<Duration>, proxy: bool) ->
         let mut builder = Client::builder()
             .user_agent(concat!("slipway/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(dial_timeout.unwrap_or(CONNECT_TIMEOUT))
-            .read_timeout(SILENCE_TIMEOUT)
             .redirect(reqwest::redirect::Policy::none());
+        if let Some(silence) = silence {
+            builder = builder.read_timeout(silence);
+        }
         if !roots.is_empty() {
             builder = builder.tls_certs_merge(roots.clone());
         }
