@@ -50,12 +50,18 @@ pub struct CacheObjects {
     fscache: Fscache,
     /// Of a device bound here, until it is served.
     keep: Mutex<Option<Keeper>>,
+    /// Whether no mark of an earlier end is left, so that a new one says what it is to say.
+    unmarked: bool,
 }
 
 impl CacheObjects {
     /// Continues a kept device, bound to `dir` by an earlier worker. Nothing is served before [`CacheObjects::serve`].
-    pub fn take_over(dir: &Path, kept: Device, engine: Arc<dyn Serve>) -> Result<CacheObjects, CacheObjectsError> {
-        CacheObjects::unsettled(dir, kept, engine, None)
+    pub fn take_over(dir: &Path, kept: Device, engine: Arc<dyn Serve>) -> CacheObjects {
+        // Readers wait for this device, so a cache disk that has become read-only or fails is no reason not to serve it.
+        let unmarked = remove_mark(dir).inspect_err(|error| {
+            tracing::error!(error = error as &dyn std::error::Error, "serving on; if the machine crashes, remove the directory and its mark by hand");
+        });
+        CacheObjects { unmarked: unmarked.is_ok(), ..CacheObjects::new(dir, kept, engine, None) }
     }
 
     /// Opens the device and binds it to `dir`. Nothing is served before [`CacheObjects::serve`].
@@ -64,14 +70,12 @@ impl CacheObjects {
         let device = Fscache::open()?;
         prepare(dir)?;
         Fscache::bind(&device, dir, TAG)?;
-        CacheObjects::unsettled(dir, device, engine, Some(keep))
+        remove_mark(dir)?;
+        Ok(CacheObjects::new(dir, device, engine, Some(keep)))
     }
 
-    /// From now on the directory is not as it was left, whatever happens.
-    fn unsettled(dir: &Path, device: Device, engine: Arc<dyn Serve>, keep: Option<Keeper>) -> Result<CacheObjects, CacheObjectsError> {
-        let mark = mark(dir);
-        remove_if_there(&mark).and_then(|()| sync_parent(&mark)).map_err(failed(&mark))?;
-        Ok(CacheObjects { dir: dir.to_owned(), fscache: Fscache::new(device, engine), keep: Mutex::new(keep) })
+    fn new(dir: &Path, device: Device, engine: Arc<dyn Serve>, keep: Option<Keeper>) -> CacheObjects {
+        CacheObjects { dir: dir.to_owned(), fscache: Fscache::new(device, engine), keep: Mutex::new(keep), unmarked: true }
     }
 
     /// Makes a pack known.
@@ -104,6 +108,9 @@ impl CacheObjects {
 
     /// To be called when nothing is filled any more: makes what the kernel has durable and leaves the mark that it is.
     pub fn settle(&self) {
+        if !self.unmarked {
+            return tracing::warn!(dir = %self.dir.display(), "the kernel's cache is not marked as durable: its earlier mark could not be removed");
+        }
         let mark = mark(&self.dir);
         let settled = File::open(&self.dir)
             .and_then(|dir| rustix::fs::syncfs(&dir).map_err(io::Error::from))
@@ -147,6 +154,12 @@ fn prepare(dir: &Path) -> Result<(), CacheObjectsError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed(dir))
 }
 
+/// From then on the directory is not as it was left, whatever happens.
+fn remove_mark(dir: &Path) -> Result<(), CacheObjectsError> {
+    let mark = mark(dir);
+    remove_if_there(&mark).and_then(|()| sync_parent(&mark)).map_err(failed(&mark))
+}
+
 fn remove_if_there(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -166,6 +179,44 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> CacheObjectsError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::UnitIndex;
+    use crate::kernel::Ask;
+    use crate::metrics::Metrics;
+
+    struct Nobody;
+
+    impl Serve for Nobody {
+        fn submit(&self, _: Ask) {
+            unreachable!("nothing is read");
+        }
+
+        fn look_ahead(&self, _: &Arc<Pack>, _: UnitIndex) {}
+
+        fn forget(&self, _: &Arc<Pack>) {}
+
+        fn metrics(&self) -> &Arc<Metrics> {
+            unreachable!("nothing is counted");
+        }
+    }
+
+    #[test]
+    fn a_device_whose_old_mark_stays_is_taken_over_and_never_marked() {
+        let temp = tempfile::tempdir().expect("a temporary directory");
+        let dir = temp.path().join("fscache");
+        fs::create_dir(&dir).expect("a cache");
+        let taken_over = || {
+            let device = Device::from_kept(File::open("/dev/null").expect("a file").into());
+            CacheObjects::take_over(&dir, device, Arc::new(Nobody))
+        };
+        // What cannot be removed as a file.
+        fs::create_dir(mark(&dir)).expect("a mark");
+        let objects = taken_over();
+        fs::remove_dir(mark(&dir)).expect("removed");
+        objects.settle();
+        assert!(!mark(&dir).exists());
+        taken_over().settle();
+        assert!(mark(&dir).is_file());
+    }
 
     #[test]
     fn what_is_not_marked_as_durable_is_emptied() {

@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use erofs::digest::Digest;
-use uapi::cachefiles::Device;
+use uapi::cachefiles::{self, Device};
 use uapi::mount::is_mount_point;
 
 use super::link::{HolderLink, KeptByName};
@@ -57,6 +57,24 @@ pub struct Running {
     packs: Option<Arc<PackDir>>,
 }
 
+/// Gives up a kept cachefiles device that can never be taken over: its readers get EIO, where they and those of every other way would wait for
+/// ever. To be called before [`alive`] is asked, so that mounts on it are not used again.
+pub fn forget_dead(kept: &mut KeptByName, holder: &HolderLink) {
+    let name = name(CACHEFILES);
+    let Some((fd, payload)) = kept.remove(&name) else { return };
+    let device = Device::from_kept(fd);
+    match device.restore() {
+        Err(error) if cachefiles::is_final(&error) => {
+            tracing::warn!(%error, "the kept cachefiles device cannot be taken over by any worker; closing it, and what reads through it gets EIO");
+            if let Err(error) = holder.forget(&name) {
+                tracing::warn!(%error, "the holder cannot be told to close the cachefiles device");
+            }
+        }
+        // Any other error is seen again when it is taken over.
+        _ => _ = kept.insert(name, (device.into(), payload)),
+    }
+}
+
 /// Whether mounts that an earlier worker made this way can still work. What is kept is taken over, or the worker ends.
 pub fn alive(way: Way, kept: &KeptByName) -> bool {
     match way {
@@ -78,9 +96,12 @@ pub fn start(
     found: &BTreeMap<Digest, Mounted>,
 ) -> Result<(Ways, Running), TakeOverError> {
     let mut start = Starter { config, state, engine, holder, found, ways: Ways::default() };
-    let objects = start.objects(kept.remove(&name(CACHEFILES)))?;
+    // First what can be served without the device.
     let packs = start.packs(kept.remove(&name(FUSE)))?;
-    let ways = start.ways;
+    let objects = start.objects(kept.remove(&name(CACHEFILES))).inspect_err(|_| packs.iter().for_each(|dir| dir.stop()))?;
+    let mut ways = start.ways;
+    // A mount without FUSE below it is the better one.
+    ways.lazy.sort_by_key(|lazy| lazy.way() != Way::Fscache);
     for name in kept.keys() {
         // Of a version that knew more. Its mounts may live, so it is not closed (invariant 7).
         tracing::warn!(%name, "the holder keeps a descriptor that is not known here; leaving it");
@@ -113,7 +134,7 @@ impl Starter<'_> {
         let dir = self.config.cache.join("fscache");
         let (allowed, is_taken_over) = (self.allowed(Way::Fscache), kept.is_some());
         let opened = match (kept, &allowed) {
-            (Some((fd, _)), _) => CacheObjects::take_over(&dir, Device::from_kept(fd), self.engine.clone()).map_err(|error| failed(error.into()))?,
+            (Some((fd, _)), _) => CacheObjects::take_over(&dir, Device::from_kept(fd), self.engine.clone()),
             (None, Err(why)) => return Ok(self.refuse(Way::Fscache, why.clone())),
             (None, Ok(())) => match CacheObjects::bind(&dir, self.engine.clone(), self.keeper(CACHEFILES)) {
                 Ok(objects) => objects,
@@ -318,4 +339,30 @@ pub(super) fn one_line(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::super::protocol::{self, Message};
+    use super::*;
+
+    /// Files that refuse the kernel's word for taking over, as a dead device does and as one does that may do better later.
+    #[test]
+    fn a_device_that_can_never_be_taken_over_is_closed_everywhere_and_others_are_tried_again() {
+        let (full, short) = (std::fs::File::options().write(true).open("/dev/full"), rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()));
+        for (fd, is_dead) in [(OwnedFd::from(full.expect("/dev/full")), false), (short.expect("an eventfd"), true)] {
+            let (holder, worker) = uapi::fdpass::pair().expect("a pair");
+            protocol::send_fd(&holder, &name(CACHEFILES), b"payload", fd.as_fd()).expect("sent");
+            protocol::send_done(&holder).expect("sent");
+            let (link, mut kept) = HolderLink::open(worker).expect("opened");
+            forget_dead(&mut kept, &link);
+            assert_eq!(alive(Way::Fscache, &kept), !is_dead);
+            assert_eq!(kept.get(&name(CACHEFILES)).map(|(_, payload)| payload.as_slice()), (!is_dead).then_some(&b"payload"[..]));
+            drop(link);
+            let told = protocol::receive(&holder).expect("received");
+            assert_eq!(matches!(&told, Some(Message::Forget { name: told }) if *told == name(CACHEFILES)), is_dead, "{told:?}");
+        }
+    }
 }

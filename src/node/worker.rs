@@ -118,11 +118,13 @@ pub fn run(config: &Config, holder: OwnedFd) -> Result<(), WorkerError> {
     let catalog = Arc::new(Catalog::new(config.store.clone(), state.clone(), TrustFiles(config.trusted_keys.clone())));
     let mount_dir = MountDir::open(&state.join("mounts"))?;
     let mounts = uapi::mount::mounts().map_err(process("reading the mount table"))?;
+    backends::forget_dead(&mut kept, &holder);
     let found = mount_dir.recover(&mounts, |way| backends::alive(way, &kept))?;
-    let (ways, running) = backends::start(config, &state, &engine, kept, &holder, &found)?;
-    let images = Images::start(ImagesOptions { catalog, engine: engine.clone(), ways, mount_dir, found }).map_err(process("starting a thread"))?;
-    let snapshots = Snapshots::open(&state, Arc::new(images), metrics)?;
-    let served = serve(listener, snapshots, holder, &config.socket);
+    let (ways, running) = backends::start(config, &state, &engine, kept, &holder, &found).inspect_err(|_| _ = engine.stop())?;
+    // From here on the kernel is answered: whatever ends this, what is under way is finished and saved.
+    let images = Images::start(ImagesOptions { catalog, engine: engine.clone(), ways, mount_dir, found }).map_err(process("starting a thread"));
+    let snapshots = images.and_then(|images| Ok(Snapshots::open(&state, Arc::new(images), metrics)?));
+    let served = snapshots.and_then(|snapshots| serve(listener, snapshots, holder, &config.socket));
     stop(&running, &engine);
     served
 }
@@ -131,8 +133,10 @@ fn stop(running: &Running, engine: &Engine) {
     running.stop();
     if engine.stop() {
         running.settle();
+        tracing::info!("reading and writing have ended in order");
+    } else {
+        tracing::warn!("reads or writes under way do not end; leaving them to the next worker");
     }
-    tracing::info!("the worker has ended in order");
 }
 
 fn serve(listener: std::os::unix::net::UnixListener, snapshots: Snapshots, holder: Arc<HolderLink>, socket: &Path) -> Result<(), WorkerError> {

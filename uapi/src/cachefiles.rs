@@ -198,6 +198,7 @@ impl Device {
     }
 
     /// `restore`: every unanswered request is asked again, after an `OPEN` for each object that lost its descriptor. For a kept device only.
+    /// Doing it twice before anything is read is no error. What a refusal means tells [`is_final`].
     pub fn restore(&self) -> io::Result<()> {
         self.command(b"restore")
     }
@@ -243,6 +244,19 @@ impl Device {
         })?;
         if written == command.len() { Ok(()) } else { Err(io::Error::new(io::ErrorKind::WriteZero, "cachefiles took a command in part")) }
     }
+}
+
+impl From<Device> for OwnedFd {
+    fn from(device: Device) -> OwnedFd {
+        device.0.into()
+    }
+}
+
+/// Whether a refused command would be refused for ever: the kernel has declared the cache dead (`EIO`, as to every command from then on), or does
+/// not know the command (`EOPNOTSUPP`, `EINVAL`).
+pub fn is_final(error: &io::Error) -> bool {
+    let refused = error.get_ref().and_then(|source| source.downcast_ref::<CommandRefused>());
+    refused.is_some_and(|refused| matches!(refused.errno, rustix::io::Errno::IO | rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL))
 }
 
 /// The kernel refused a command.
