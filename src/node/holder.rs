@@ -143,9 +143,10 @@ enum Ended {
 /// Runs the daemon's holder until it is asked to stop. `passed`: what the service manager kept for us.
 pub fn run(options: &HolderOptions, passed: Vec<(String, OwnedFd)>) -> Result<(), HolderError> {
     let signals = Signals::block().map_err(HolderError::Watch)?;
-    let _locks = [lock(&options.run_dir, LOCK)?, lock(&options.state_dir, LOCK)?, lock(&options.cache_dir, CACHE_LOCK)?];
+    let _locks = [lock(&options.run_dir, LOCK)?, lock(&options.state_dir, LOCK)?];
     let payloads = options.run_dir.join("kept");
     let kept = KeptFds::open(&payloads, passed).map_err(setup("opening the directory of kept descriptors", &payloads))?;
+    let _cache_lock = lock_cache(&options.cache_dir, &kept)?;
     let mut holder = Holder { options, signals, kept, ever_ready: false };
     holder.open_listener()?;
     holder.keep_running()
@@ -167,7 +168,7 @@ impl<'a> Holder<'a> {
             // Somebody may have removed the socket's file; a worker that nobody can call would end at once.
             self.open_listener().unwrap_or_else(|error| tracing::error!(error = &error as &dyn Error, "the gRPC socket cannot be made again"));
             let ended = self.one_worker(program)?;
-            let nothing_at_stake = !self.ever_ready && self.kept.iter().all(|(name, _)| name.as_str() == LISTENER);
+            let nothing_at_stake = !self.ever_ready && !serves_mounts(&self.kept);
             let give_up = nothing_at_stake && young_deaths + 1 >= GIVE_UP_AFTER;
             match ended {
                 Ended::Stopped => return Ok(()),
@@ -420,6 +421,23 @@ fn lock(dir: &Path, name: &str) -> Result<File, HolderError> {
     }
 }
 
+/// Whether anything is kept that mounts may read through.
+fn serves_mounts(kept: &KeptFds) -> bool {
+    kept.iter().any(|(name, _)| name.as_str() != LISTENER)
+}
+
+/// The lock of the cache. With mounts to serve a cache that cannot be locked is no reason to end, because that would close what they read through:
+/// its disk may be full or read-only, or the configuration may have become wrong, all of which can be put right. Another daemon's cache stays one.
+fn lock_cache(dir: &Path, kept: &KeptFds) -> Result<Option<File>, HolderError> {
+    match lock(dir, CACHE_LOCK) {
+        Err(error @ HolderError::Setup { .. }) if serves_mounts(kept) => {
+            tracing::error!(error = &error as &dyn Error, "serving on without the lock of the cache; no other slipwayd may use it");
+            Ok(None)
+        }
+        locked => locked.map(Some),
+    }
+}
+
 fn setup(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HolderError {
     move |source| HolderError::Setup { what, path: path.to_owned(), source }
 }
@@ -484,6 +502,24 @@ mod tests {
         run(&options, Vec::new()).expect_err("the worker ends");
         let mode = |path: &Path| fs::metadata(path).expect("metadata").permissions().mode() & 0o7777;
         assert_eq!([mode(&options.run_dir), mode(&options.state_dir), mode(&options.socket)], [0o700, 0o700, 0o600]);
+    }
+
+    #[test]
+    fn a_cache_that_cannot_be_locked_ends_only_a_holder_with_nothing_to_serve() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (file, cache) = (dir.path().join("file"), dir.path().join("cache"));
+        fs::write(&file, "no directory").expect("written");
+        let mut kept = KeptFds::open(&dir.path().join("kept"), Vec::new()).expect("opened");
+        let keep = |kept: &mut KeptFds, name| {
+            let fd = File::open(&file).expect("a file").into();
+            kept.keep(FdName::new(name).expect("a name"), fd, Vec::new()).expect("kept");
+        };
+        keep(&mut kept, LISTENER);
+        assert!(matches!(lock_cache(&file, &kept), Err(HolderError::Setup { .. })));
+        keep(&mut kept, "fuse-blob");
+        assert!(matches!(lock_cache(&file, &kept), Ok(None)));
+        let _held = lock_cache(&cache, &kept).expect("no error").expect("a lock");
+        assert!(matches!(lock_cache(&cache, &kept), Err(HolderError::AlreadyRunning { .. })));
     }
 
     #[test]
