@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use super::SnapshotError;
+use super::durable::Durable;
 use super::ledger::{Kind, SnapshotId};
 use super::mounts::Layout;
 
@@ -26,6 +27,7 @@ pub struct Dirs {
     layout: Layout,
     gone: PathBuf,
     sweeper: Sender<()>,
+    durable: Durable,
 }
 
 impl Dirs {
@@ -44,7 +46,9 @@ impl Dirs {
         let swept = gone.clone();
         let thread = thread::Builder::new().name("snapshot-sweep".into());
         thread.spawn(move || sweep_when_wanted(&swept, &wanted)).map_err(|source| SnapshotError::Directory { path: gone.clone(), source })?;
-        Ok(Dirs { layout, gone, sweeper })
+        let snapshots =
+            fs::File::open(layout.snapshots()).map_err(|source| SnapshotError::Directory { path: layout.snapshots().to_owned(), source })?;
+        Ok(Dirs { layout, gone, sweeper, durable: Durable::new(snapshots) })
     }
 
     /// Where things are.
@@ -54,6 +58,7 @@ impl Dirs {
 
     /// Makes the directory of a new snapshot. Its root belongs to whom the root of `above`, the plain snapshot right below, belongs to.
     pub fn make(&self, kind: Kind, id: SnapshotId, above: Option<SnapshotId>) -> io::Result<()> {
+        self.durable.made(id);
         let whole = self.layout.of(id);
         if whole.symlink_metadata().is_ok() {
             // Left by a transaction that did not come to its end; the number is free.
@@ -76,12 +81,12 @@ impl Dirs {
     /// Waits until the content of a snapshot is on disk, by writing back all of its file system: one call, where a layer may have as many files
     /// as it likes. Blocks.
     pub fn make_durable(&self, id: SnapshotId) -> io::Result<()> {
-        let upper = fs::File::open(self.layout.upper(id))?;
-        Ok(rustix::fs::syncfs(upper)?)
+        self.durable.sync(id, |file_system| Ok(rustix::fs::syncfs(file_system)?))
     }
 
     /// Takes a snapshot's directory out of the way; the space comes back a little later. A lazy snapshot has none.
     pub fn discard(&self, id: SnapshotId) {
+        self.durable.gone(id);
         match self.move_aside(&self.layout.of(id)) {
             Ok(()) => self.sweep(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}

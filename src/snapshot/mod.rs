@@ -14,6 +14,7 @@ pub mod proto;
 pub mod ledger;
 pub mod filter;
 pub mod mounts;
+mod durable;
 pub mod dirs;
 pub mod usage;
 pub mod lowers;
@@ -34,9 +35,17 @@ pub const TARGET_REF: &str = "containerd.io/snapshot.ref";
 /// and no [`TARGET_REF`], so that containerd never takes it for its own and it can go with the last view.
 pub const VIEW_REF: &str = "slipway/view-of";
 
+/// Begins the names of the lazy snapshots that [`VIEW_REF`] asks for, and no others.
+const VIEW_BASES: &str = "slipway/view/";
+
 /// The name of the lazy snapshot that [`VIEW_REF`] asks for.
 pub fn view_base(chain: &ChainId) -> String {
-    format!("slipway/view/{chain}")
+    format!("{VIEW_BASES}{chain}")
+}
+
+/// Whether a snapshot of this name was made for views alone.
+pub fn is_view_base(name: &str) -> bool {
+    name.starts_with(VIEW_BASES)
 }
 
 /// Why the snapshotter cannot run.
