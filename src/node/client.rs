@@ -12,7 +12,7 @@ use tonic::{Code, Status};
 use crate::oci::ChainId;
 use crate::snapshot::proto::snapshots_client::SnapshotsClient;
 use crate::snapshot::proto::{Mount, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest, ViewSnapshotRequest};
-use crate::snapshot::{VIEW_REF, view_base};
+use crate::snapshot::{VIEW_REF, is_view_base, view_base};
 
 /// How long a connection to a socket on this machine may take: the worker may just be starting.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -96,7 +96,8 @@ impl Client {
     pub async fn remove_view(&mut self, key: &str) -> Result<(), ClientError> {
         let stat = self.snapshots.stat(StatSnapshotRequest { key: key.to_owned(), ..Default::default() }).await;
         let base = match stat {
-            Ok(found) => found.into_inner().info.map(|info| info.parent),
+            // The parent of anything else is somebody's image.
+            Ok(found) => found.into_inner().info.map(|info| info.parent).filter(|parent| is_view_base(parent)),
             Err(status) if status.code() == Code::NotFound => None,
             Err(status) => return Err(refused("look up the view", status)),
         };

@@ -26,6 +26,10 @@ async fn a_view_takes_everything_along_that_was_made_for_it_and_nothing_of_conta
     assert_eq!(server.client.list(&[]).await, pulled);
     server.trees.wait_for(&Call::Release(chain(1)));
     client.remove_view("two").await.expect("nothing to remove is no error");
+
+    server.client.view("theirs", &pulled[0].name).await.expect("mounts");
+    client.remove_view("theirs").await.expect("removed");
+    assert_eq!(server.client.list(&[]).await, pulled, "an image is not removed with a view of it that somebody else made");
 }
 
 #[tokio::test(flavor = "multi_thread")]
