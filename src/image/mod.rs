@@ -25,7 +25,7 @@ use crate::kernel::Serve;
 use crate::mount::{Lazy, Source, Way, mount_image};
 use crate::oci::ChainId;
 use crate::serve::Engine;
-use catalog::Catalog;
+use catalog::{Catalog, CatalogError};
 use mounts::{Generation, MountDir, Mounted};
 use release::Cleaner;
 
@@ -192,7 +192,7 @@ impl Shared {
         if let Some(found) = known(&lock(&self.index)) {
             return Ok(found);
         }
-        let local = self.catalog.local(chain).map_err(|error| unavailable(chain, error))?;
+        let local = self.catalog.local(chain).map_err(|error| not_local(chain, error))?;
         let packs = local.packs.iter().map(|pack| pack.digest).collect();
         let mut index = lock(&self.index);
         index.chains.insert(*chain, local.digest);
@@ -216,8 +216,9 @@ impl Shared {
                 at
             })),
             None => {
-                let packs = packs.map_err(|error| unavailable(chain, error))?;
-                self.mount_new(chain, digest, image, &packs, complete)
+                let packs = packs.map_err(|error| unavailable(chain, error));
+                let mounted = packs.and_then(|packs| self.mount_new(chain, digest, image, &packs, complete));
+                mounted.inspect_err(|_| self.close_unused(&image.packs))
             }
         }
     }
@@ -232,7 +233,7 @@ impl Shared {
         complete: bool,
     ) -> Result<PathBuf, ImageMountError> {
         // Invariant 5: whatever is mounted has been verified in this worker's life, which is what `local` promises.
-        image.metadata = self.catalog.local(chain).map_err(|error| unavailable(chain, error))?.meta;
+        image.metadata = self.catalog.local(chain).map_err(|error| not_local(chain, error))?.meta;
         if complete {
             let files = packs.iter().map(|pack| self.engine.local_file(&pack.digest())).collect();
             return self.mount_as(digest, image, Way::Direct, &Source::Files(files)).map_err(|error| refused_boxed(chain, error));
@@ -254,17 +255,20 @@ impl Shared {
     }
 
     fn mount_lazily(&self, lazy: &dyn Lazy, digest: &Digest, image: &mut Mounted) -> Result<PathBuf, Failure> {
-        let source = {
-            let mut users = lock(&self.pack_users);
-            // Now that none can be closed: what was found of them before may be. Their tables are local by now.
-            let packs = image.packs.iter().map(|pack| self.engine.pack(pack)).collect::<Result<Vec<_>, _>>()?;
-            let source = lazy.prepare(digest, &image.metadata, &packs)?;
-            for pack in &image.packs {
-                *users.entry((lazy.way(), *pack)).or_default() += 1;
-            }
-            source
-        };
-        self.mount_as(digest, image, lazy.way(), &source).inspect_err(|_| self.release_packs(lazy.way(), &image.packs))
+        let prepared = self.prepare_lazily(lazy, digest, image);
+        let mounted = prepared.and_then(|source| self.mount_as(digest, image, lazy.way(), &source));
+        mounted.inspect_err(|_| self.release_packs(lazy.way(), &image.packs))
+    }
+
+    /// Counts a use of the image's packs, also if it fails: a part of them may be attached then. To be undone by [`Shared::release_packs`].
+    fn prepare_lazily(&self, lazy: &dyn Lazy, digest: &Digest, image: &Mounted) -> Result<Source, Failure> {
+        let mut users = lock(&self.pack_users);
+        for pack in &image.packs {
+            *users.entry((lazy.way(), *pack)).or_default() += 1;
+        }
+        // Now that none can be closed: what was found of them before may be. Their tables are local by now.
+        let packs = image.packs.iter().map(|pack| self.engine.pack(pack)).collect::<Result<Vec<_>, _>>()?;
+        Ok(lazy.prepare(digest, &image.metadata, &packs)?)
     }
 
     fn mount_as(&self, digest: &Digest, image: &mut Mounted, way: Way, source: &Source) -> Result<PathBuf, Failure> {
@@ -317,6 +321,11 @@ impl Shared {
             }
             lazy.release(&unused);
         }
+        self.close_unused(packs);
+    }
+
+    /// Closes those of these packs that are in no mount of a lazy way.
+    fn close_unused(&self, packs: &[Digest]) {
         // Waits for the disk, so not while others want to mount. Whoever mounts meanwhile gets these very packs, and they are not closed.
         self.engine.flush_packs(packs);
         let users = lock(&self.pack_users);
@@ -342,6 +351,14 @@ fn refused(chain: &ChainId, error: impl Into<Failure>) -> ImageMountError {
 
 fn refused_boxed(chain: &ChainId, source: Failure) -> ImageMountError {
     ImageMountError::Refused { chain: *chain, source }
+}
+
+/// What the node's own disk refuses is no fault of the store.
+fn not_local(chain: &ChainId, error: CatalogError) -> ImageMountError {
+    match error {
+        CatalogError::Disk { .. } => refused(chain, error),
+        other => unavailable(chain, other),
+    }
 }
 
 fn unavailable(chain: &ChainId, error: impl Into<Failure>) -> ImageMountError {
