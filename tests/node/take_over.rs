@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 macro_rules! require_kernel {
     () => {
-        require!(need::root(), need::file_system("erofs"), need::file_system("overlay"), need::path("/dev/fuse"), need::command("mkfs.ext4"));
+        require!(need::root(), need::file_backed_erofs(), need::file_system("overlay"), need::path("/dev/fuse"), need::command("mkfs.ext4"));
     };
 }
 
