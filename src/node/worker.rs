@@ -133,7 +133,7 @@ fn stop(running: &Running, engine: &Engine) {
     running.stop();
     if engine.stop() {
         running.settle();
-        tracing::info!("reading and writing have ended in order");
+        tracing::info!("the worker has ended in order");
     } else {
         tracing::warn!("reads or writes under way do not end; leaving them to the next worker");
     }
