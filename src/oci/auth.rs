@@ -7,7 +7,7 @@ use reqwest::{RequestBuilder, StatusCode, Url};
 use super::OciError;
 use super::challenge::{Bearer, Challenge};
 use super::endpoint::{Endpoint, is_loopback};
-use super::login::{Login, Proof, Secret};
+use super::login::{Found, Login, Proof, Secret};
 use super::tries::{Failure, MAX_TRIES, Tries, origin, read_limited};
 
 /// Largest token answer: tokens are a few KiB.
@@ -18,12 +18,13 @@ const CLIENT_ID: &str = "slipway";
 impl Endpoint {
     /// Makes the Authorization header that `challenge` asks for; `tries` says for what.
     pub(super) async fn log_in(&self, challenge: &Challenge, status: StatusCode, tries: &Tries) -> Result<(), OciError> {
-        let login = self.login().await?;
+        let login = self.login().await.login.as_ref();
+        // What a login gets is as secret as the login, and would go to the host with every request.
+        let usable = login.filter(|_| self.may_see_logins(&self.0.host.root));
         let header = match challenge {
-            Challenge::Bearer(bearer) => format!("Bearer {}", self.token(bearer, login, tries).await?.reveal()),
-            Challenge::Basic => match login.map(|login| &login.proof) {
-                Some(Proof::Password { user, password }) if self.may_see_logins(&self.0.host.root) => basic(user, password),
-                Some(Proof::Password { .. }) => return Err(tries.denied(status, self.unsent())),
+            Challenge::Bearer(bearer) => format!("Bearer {}", self.token(bearer, usable, tries).await?.reveal()),
+            Challenge::Basic => match usable.map(|login| &login.proof) {
+                Some(Proof::Password { user, password }) => basic(user, password),
                 _ => return Err(tries.denied(status, self.refused())),
             },
         };
@@ -31,9 +32,8 @@ impl Endpoint {
         Ok(())
     }
 
-    async fn login(&self) -> Result<Option<&Login>, OciError> {
-        let look = async || self.0.logins.find(&self.0.host.domain, &self.0.path).await;
-        Ok(self.0.login.get_or_try_init(look).await?.as_ref())
+    async fn login(&self) -> &Found {
+        self.0.login.get_or_init(async || self.0.logins.find(&self.0.host.domain, &self.0.path).await).await
     }
 
     /// Nobody else can read what is sent there, or the user said that it does not matter.
@@ -45,22 +45,24 @@ impl Endpoint {
     pub(super) fn refused(&self) -> String {
         let domain = &self.0.host.domain;
         let log_in = if domain == "docker.io" { "docker login".to_owned() } else { format!("docker login {domain}") };
-        match self.0.login.get() {
-            Some(Some(login)) => {
+        let Some(found) = self.0.login.get() else { return "without asking for a login: check the name of the image".to_owned() };
+        let text = match &found.login {
+            Some(_) if !self.may_see_logins(&self.0.host.root) => self.unsent(),
+            Some(login) => {
                 let right = if self.0.scopes.is_empty() { "pull" } else { "push to this repository" };
                 format!("to {}: is the password still right, and has it the right to {right}? If not, `{log_in}`", login.describe())
             }
-            Some(None) => {
+            None => {
                 let places = self.0.logins.places();
                 let places = if places.is_empty() { "was given".to_owned() } else { format!("is in {places}") };
                 format!("to the public, and no login for {domain} {places}: check the name of the image, or `{log_in}`")
             }
-            None => "without asking for a login: check the name of the image".to_owned(),
-        }
+        };
+        found.troubles.iter().fold(text, |text, trouble| format!("{text}; a login could not be had from {trouble}"))
     }
 
     fn unsent(&self) -> String {
-        let who = self.0.login.get().and_then(Option::as_ref).map(Login::describe).unwrap_or_default();
+        let who = self.0.login.get().and_then(|found| found.login.as_ref()).map(Login::describe).unwrap_or_default();
         format!("and {who} was not sent, since the connection is not encrypted: use HTTPS or, in a network you trust, --plain-http")
     }
 

@@ -15,7 +15,7 @@ use super::access::Access;
 use super::challenge::Challenge;
 use super::digest::Sha256;
 use super::hosts::Host;
-use super::login::{Login, Logins, Secret};
+use super::login::{Found, Logins, Secret};
 use super::manifest::{ACCEPT_MANIFESTS, MAX_MANIFEST};
 use super::tries::{Failure, Tries, header, origin, read_limited};
 use super::{OciError, tls, verify};
@@ -38,8 +38,8 @@ pub(super) struct Inner {
     pub logins: Logins,
     /// What tokens must allow besides what the registry asks for: for pushing.
     pub scopes: Vec<String>,
-    /// Looked up once, when first asked for.
-    pub login: OnceCell<Option<Login>>,
+    /// Looked up once, when first asked for, also if that fails: a helper that hangs is not waited for again.
+    pub login: OnceCell<Found>,
     /// Value of the Authorization header.
     pub authorization: Mutex<Option<Secret>>,
     down: AtomicBool,

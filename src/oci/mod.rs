@@ -90,16 +90,6 @@ pub enum OciError {
         /// As whom it was asked, where that login comes from, and what to do.
         login: String,
     },
-    /// A login that other tools keep cannot be had.
-    #[error("cannot get the login for {host} from {origin}: {reason}")]
-    Login {
-        /// Registry host.
-        host: String,
-        /// File or helper.
-        origin: String,
-        /// What is wrong.
-        reason: String,
-    },
     /// A file of containerd's that names a registry's hosts is wrong.
     #[error("{}{}: {reason}", .path.display(), .line.map(|line| format!(", line {line}")).unwrap_or_default())]
     HostsFile {

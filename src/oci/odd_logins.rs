@@ -194,17 +194,52 @@ async fn logins_do_not_travel_unencrypted_to_other_machines() {
 }
 
 #[tokio::test]
-async fn a_login_that_cannot_be_read_is_an_error_only_when_it_is_needed() {
+async fn a_host_that_may_not_see_logins_gets_a_token_of_nobody() {
+    for open in [true, false] {
+        let (sample, dir) = (Sample::new(), tempfile::tempdir().unwrap());
+        let answers = sample.clone();
+        // Loopback all the same, but not by its name.
+        let server = Server::start(move |request| {
+            let host = request.header("host").unwrap();
+            match request.header("authorization") {
+                None if request.path.starts_with("/token") => token("public"),
+                Some("Bearer public") if open => answers.reply(request),
+                _ => unauthorized(format!("Bearer realm=\"http://127.0.0.1:{}/token\"", host.rsplit_once(':').unwrap().1)),
+            }
+        })
+        .await;
+        let host = format!("0.0.0.0:{}", server.port);
+        let at = dir.path().join(format!("0.0.0.0_{}_", server.port));
+        std::fs::create_dir(&at).unwrap();
+        std::fs::write(at.join("hosts.toml"), format!("server = \"http://{host}\"")).unwrap();
+        let access = Access { hosts_dir: Some(dir.path().to_owned()), ..access(&dir, &host, password("bob", "hunter2")) };
+        let resolved = Source::parse(&format!("{host}/team/app:1"), &access).unwrap().resolve(&Platform::host()).await;
+        match open {
+            true => drop(resolved.unwrap()),
+            false => {
+                let text = resolved.unwrap_err().to_string();
+                assert!(text.contains("was not sent") && text.contains("--plain-http") && !text.contains("hunter2"), "{text}");
+            }
+        }
+        let sent: Vec<_> = server.log.lock().unwrap().iter().filter_map(|r| r.header("authorization").map(str::to_owned)).collect();
+        assert!(sent.iter().all(|header| header == "Bearer public"), "{sent:?}");
+    }
+}
+
+#[tokio::test]
+async fn logins_that_cannot_be_had_matter_only_when_anonymous_does_not_do() {
     let (sample, dir) = (Sample::new(), tempfile::tempdir().unwrap());
     let file = dir.path().join("config.json");
-    std::fs::write(&file, "{\n\"credsStore\": 7}").unwrap();
-    let access = Access { logins: Logins::in_files(vec![file]), ..Access::default() };
-    let answers = sample.clone();
-    let open = Server::start(move |request| answers.reply(request)).await;
-    open.source_with(&access).resolve(&Platform::host()).await.unwrap();
-    let closed = Server::start(|_| unauthorized("Basic realm=x".to_owned())).await;
-    let source: Source = closed.source_with(&access);
-    let error = source.resolve(&Platform::host()).await.unwrap_err();
-    assert!(matches!(error, OciError::Login { .. }), "{error:?}");
-    assert!(error.to_string().contains("config.json: line 2"), "{error}");
+    let access = Access { logins: Logins::in_files(vec![file.clone()]), ..Access::default() };
+    for (content, reason) in
+        [("{\n\"credsStore\": 7}", "config.json: line 2"), ("{\"credsStore\": \"nowhere\"}", "docker-credential-nowhere (named by")]
+    {
+        std::fs::write(&file, content).unwrap();
+        let public = token_registry(&sample, |_| token("t"), |request| request.header("authorization") == Some("Bearer t")).await;
+        public.source_with(&access).resolve(&Platform::host()).await.unwrap();
+        let closed = Server::start(|_| unauthorized("Basic realm=x".to_owned())).await;
+        let error = closed.source_with(&access).resolve(&Platform::host()).await.unwrap_err();
+        assert!(matches!(error, OciError::Denied { .. }), "{error:?}");
+        assert!(error.to_string().contains(reason), "{error}");
+    }
 }

@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 
 use base64::Engine;
 
-use super::OciError;
 pub use secret::Secret;
 
 /// The key that Docker files the Hub's login under.
@@ -58,6 +57,15 @@ impl Login {
             Proof::IdentityToken(_) => format!("the identity token of {}", self.origin),
         }
     }
+}
+
+/// What looking for a login came to.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// Who to be; without it, anonymous.
+    pub login: Option<Login>,
+    /// Files and helpers that gave nothing because something is wrong with them, and what. They matter once a registry refuses.
+    pub troubles: Vec<String>,
 }
 
 /// Where logins are looked for.
@@ -114,32 +122,54 @@ impl Logins {
     }
 
     /// The login for repository `path` of `domain` (`host[:port]`, or `docker.io`).
-    pub async fn find(&self, domain: &str, path: &str) -> Result<Option<Login>, OciError> {
+    pub async fn find(&self, domain: &str, path: &str) -> Found {
+        let mut troubles = Vec::new();
+        let login = self.look(domain, path, &mut troubles).await;
+        for trouble in &troubles {
+            tracing::debug!(domain, trouble, "a login could not be had");
+        }
+        Found { login, troubles }
+    }
+
+    async fn look(&self, domain: &str, path: &str, troubles: &mut Vec<String>) -> Option<Login> {
         let names: Vec<&str> = if HUB_NAMES.contains(&domain) { HUB_NAMES.to_vec() } else { vec![domain] };
         for file in &self.files {
-            let failed = |origin: String, reason: String| OciError::Login { host: domain.to_owned(), origin, reason };
-            let Some(content) = read(file).map_err(|reason| failed(file.display().to_string(), reason))? else { continue };
-            if let Some((helper, server)) = helper_for(&content, &names, path) {
-                let program = format!("docker-credential-{helper}");
-                let origin = format!("{program} (named by {})", file.display());
-                // A name with a slash would be a path.
-                if !helper.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) {
-                    return Err(failed(file.display().to_string(), format!("{helper:?} is no name of a credential helper")));
+            let origin = file.display().to_string();
+            let content = match read(file) {
+                Ok(Some(content)) => content,
+                Ok(None) => continue,
+                Err(reason) => {
+                    troubles.push(format!("{origin}: {reason}"));
+                    continue;
                 }
-                match program::ask(program.as_ref(), server, program::TIME_LIMIT).await {
-                    Ok(Some((user, secret))) => return Ok(Some(Login::new(user, secret, origin))),
+            };
+            if let Some((helper, server)) = helper_for(&content, &names, path) {
+                match ask(helper, server, &origin).await {
+                    Ok(Some(login)) => return Some(login),
                     Ok(None) => {}
-                    Err(reason) => return Err(failed(origin, reason)),
+                    Err(trouble) => troubles.push(trouble),
                 }
             }
-            let origin = file.display().to_string();
-            let found = entry_for(&content, &names, path).map(|entry| entry.login(&origin)).transpose();
-            if let Some(login) = found.map_err(|reason| failed(origin, reason))?.flatten() {
-                return Ok(Some(login));
+            match entry_for(&content, &names, path).map(|entry| entry.login(&origin)).transpose() {
+                Ok(Some(Some(login))) => return Some(login),
+                Ok(_) => {}
+                Err(reason) => troubles.push(format!("{origin}: {reason}")),
             }
         }
-        Ok(None)
+        None
     }
+}
+
+/// What the helper that `file` names has for `server`, or what is wrong with it.
+async fn ask(helper: &str, server: &str, file: &str) -> Result<Option<Login>, String> {
+    // A name with a slash would be a path.
+    if !helper.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) {
+        return Err(format!("{file}: {helper:?} is no name of a credential helper"));
+    }
+    let program = format!("docker-credential-{helper}");
+    let origin = format!("{program} (named by {file})");
+    let answer = program::ask(program.as_ref(), server, program::TIME_LIMIT).await.map_err(|reason| format!("{origin}: {reason}"))?;
+    Ok(answer.map(|(user, secret)| Login::new(user, secret, origin)))
 }
 
 fn read(path: &Path) -> Result<Option<File>, String> {
@@ -220,9 +250,11 @@ mod tests {
         }
         let logins = Logins::in_files([vec![dir.path().join("absent")], paths].concat());
         let place = |text: String| text.replace(&format!("{}/", dir.path().display()), "");
-        match logins.find(domain, path).await {
-            Ok(None) => Ok("nobody".to_owned()),
-            Ok(Some(login)) => {
+        let Found { login, troubles } = logins.find(domain, path).await;
+        match login {
+            None if troubles.is_empty() => Ok("nobody".to_owned()),
+            None => Err(place(troubles.join("; "))),
+            Some(login) => {
                 let secret = match &login.proof {
                     Proof::Password { password, .. } => password.reveal().to_owned(),
                     Proof::IdentityToken(token) => token.reveal().to_owned(),
@@ -230,7 +262,6 @@ mod tests {
                 assert!(!format!("{login:?}").contains(&secret), "{login:?}");
                 Ok(place(format!("{} {secret}", login.describe())))
             }
-            Err(error) => Err(place(error.to_string())),
         }
     }
 
@@ -273,9 +304,17 @@ mod tests {
         ] {
             let message = found(std::slice::from_ref(&text), "h.io", "a").await.unwrap_err();
             assert!(!message.contains("hunter2"), "{message}");
-            for part in parts.iter().chain(&["h.io", "0"]) {
+            for part in parts.iter().chain(&["0"]) {
                 assert!(message.contains(part), "{message:?} lacks {part:?}");
             }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_or_helper_that_fails_does_not_hide_the_next_file() {
+        let good = json!({"auths": {"h.io": basic("bob", "pw")}}).to_string();
+        for bad in ["{".to_owned(), json!({"credsStore": "nowhere-at-all"}).to_string(), json!({"auths": {"h.io": {"auth": "!"}}}).to_string()] {
+            assert_eq!(found(&[bad.clone(), good.clone()], "h.io", "a").await.as_deref(), Ok("user \"bob\" of 1 pw"), "{bad}");
         }
     }
 

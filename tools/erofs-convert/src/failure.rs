@@ -320,7 +320,7 @@ fn source_exit_code(error: &OciError) -> u8 {
     match error {
         OciError::BadReference { .. } => 2,
         OciError::NotFound { .. } | OciError::MissingPlatform { .. } => 3,
-        OciError::Denied { .. } | OciError::Login { .. } => 4,
+        OciError::Denied { .. } => 4,
         OciError::Unreachable { .. } | OciError::Status { .. } => 5,
         OciError::Damaged { .. } | OciError::Rejected { .. } => 6,
         // What the registry itself said counts; the last host is the registry, unless that was found to be down before.
