@@ -16,7 +16,7 @@ pub struct Access {
     pub plain_http: bool,
     /// Files of CA certificates to believe beside the system's.
     pub ca: Vec<PathBuf>,
-    /// A directory like [`CONTAINERD_CERTS`].
+    /// A directory like [`CONTAINERD_CERTS`], which must be there.
     pub hosts_dir: Option<PathBuf>,
     /// A directory like [`DOCKER_CERTS`].
     pub docker_certs: Option<PathBuf>,

@@ -39,8 +39,8 @@ pub struct Host {
     pub dial_timeout: Option<Duration>,
 }
 
-/// What `hosts.toml` says of one host; for the registry's own, at the top level.
-#[derive(Debug, Default, serde::Deserialize)]
+/// What `hosts.toml` says of one host; for the registry's own, at the top level. Without `Debug`, as all of the file: headers may be secrets.
+#[derive(Default, serde::Deserialize)]
 struct Table {
     capabilities: Option<Vec<Spanned<String>>>,
     ca: Option<Words>,
@@ -54,14 +54,14 @@ struct Table {
     dial_timeout: Option<Spanned<String>>,
 }
 
-#[derive(Debug, serde::Deserialize)]
+#[derive(serde::Deserialize)]
 struct Names {
     server: Option<Spanned<String>>,
     #[serde(default)]
     host: BTreeMap<Spanned<String>, Table>,
 }
 
-#[derive(Debug, serde::Deserialize)]
+#[derive(serde::Deserialize)]
 #[serde(untagged)]
 enum Words {
     One(String),
@@ -69,7 +69,7 @@ enum Words {
 }
 
 /// A file with certificate and key, or several, or pairs of files.
-#[derive(Debug, serde::Deserialize)]
+#[derive(serde::Deserialize)]
 #[serde(untagged)]
 enum Client {
     One(String),
@@ -92,7 +92,10 @@ pub fn find(reference: &Reference, access: &Access) -> Result<Vec<Host>, OciErro
     if let Some(dir) = &access.docker_certs {
         add_certificates(&dir.join(domain), &mut tls)?;
     }
-    let dir = access.hosts_dir.as_deref().and_then(|root| host_dir(root, domain));
+    let dir = match &access.hosts_dir {
+        Some(root) => host_dir(root, domain).map_err(|(path, reason)| OciError::HostsFile { path, line: None, reason })?,
+        None => None,
+    };
     let Some(dir) = dir else { return Ok(vec![own_host(reference, access, tls)?]) };
     let path = dir.join("hosts.toml");
     let text = match std::fs::read_to_string(&path) {
@@ -112,15 +115,37 @@ pub fn find(reference: &Reference, access: &Access) -> Result<Vec<Host>, OciErro
 }
 
 /// The directory for a registry below containerd's (`hostPaths`): with the port as `_port_`, as it is, or the one for all others.
-fn host_dir(root: &Path, domain: &str) -> Option<PathBuf> {
+fn host_dir(root: &Path, domain: &str) -> Result<Option<PathBuf>, (PathBuf, String)> {
+    let is_dir = |path: &Path| match std::fs::metadata(path) {
+        Ok(metadata) => Ok(metadata.is_dir()),
+        Err(error) if is_absent(&error) => Ok(false),
+        Err(error) => Err((path.to_owned(), format!("it cannot be looked at: {error}"))),
+    };
+    if !is_dir(root)? {
+        return Err((root.to_owned(), "there is no such directory of hosts.toml files: check --hosts-dir".to_owned()));
+    }
     let port = domain.rsplit_once(':').map(|(host, port)| format!("{host}_{port}_"));
-    port.iter().map(String::as_str).chain([domain, "_default"]).map(|name| root.join(name)).find(|dir| dir.is_dir())
+    for name in port.iter().map(String::as_str).chain([domain, "_default"]) {
+        let dir = root.join(name);
+        if is_dir(&dir)? {
+            return Ok(Some(dir));
+        }
+    }
+    Ok(None)
+}
+
+fn is_absent(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory)
 }
 
 /// CAs (`*.crt`) and our own certificate (`*.cert` and `*.key`) in a directory, which need not exist.
 fn add_certificates(dir: &Path, tls: &mut Tls) -> Result<(), OciError> {
-    let Ok(entries) = std::fs::read_dir(dir) else { return Ok(()) };
-    let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    let list = || std::fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect();
+    let mut files: Vec<PathBuf> = match list() {
+        Ok(files) => files,
+        Err(error) if is_absent(&error) => return Ok(()),
+        Err(error) => return Err(OciError::Certificate { path: dir.to_owned(), reason: error.to_string() }),
+    };
     files.sort();
     for file in files {
         match file.extension().and_then(|extension| extension.to_str()) {
@@ -163,8 +188,8 @@ fn own_host(reference: &Reference, access: &Access, tls: Tls) -> Result<Host, Oc
 type Wrong = (Option<Range<usize>>, String);
 
 fn parse(text: &str, dir: &Path, reference: &Reference, access: &Access, own_tls: Tls) -> Result<Vec<Host>, Wrong> {
-    // The parser's own message may quote a header, which may be a secret; its first line does not.
-    let malformed = |e: toml::de::Error| (e.span(), e.message().lines().next().unwrap_or_default().to_owned());
+    // The parser's own message may quote a header, which may be a secret.
+    let malformed = |e: toml::de::Error| (e.span(), "this is not TOML, or not what a hosts.toml has there".to_owned());
     let names: Names = toml::from_str(text).map_err(malformed)?;
     let own: Table = toml::from_str(text).map_err(malformed)?;
     let mut tables: Vec<(Spanned<String>, Table)> = names.host.into_iter().collect();
@@ -175,13 +200,24 @@ fn parse(text: &str, dir: &Path, reference: &Reference, access: &Access, own_tls
         table.add_tls(dir, &mut tls)?;
         hosts.push(table.host(root(name, table)?, reference, tls)?);
     }
-    let mut tls = own_tls;
-    own.add_tls(dir, &mut tls)?;
-    let root = match &names.server {
-        Some(server) if !server.get_ref().is_empty() => root(server, &own)?,
-        _ => own_host(reference, access, tls.clone()).map_err(|e| (None, e.to_string()))?.root,
+    let server = names.server.as_ref().filter(|server| !server.get_ref().is_empty()).map(|server| root(server, &own)).transpose()?;
+    // What other files have for the registry is not for whatever host stands in for it.
+    let mut tls = match &server {
+        Some(root) if !is_registry(root, reference) => Tls { ca: access.ca.clone(), ..Tls::default() },
+        _ => own_tls,
     };
-    hosts.push(own.host(root, reference, tls)?);
+    own.add_tls(dir, &mut tls)?;
+    let is_named = server.is_some();
+    let root = match server {
+        Some(root) => root,
+        None => own_host(reference, access, tls.clone()).map_err(|e| (None, e.to_string()))?.root,
+    };
+    let mut last = own.host(root, reference, tls)?;
+    if !is_named {
+        // As containerd does: capabilities at the top are those of `server`.
+        (last.resolve, last.pull) = (true, true);
+    }
+    hosts.push(last);
     Ok(hosts)
 }
 
@@ -189,21 +225,31 @@ fn parse(text: &str, dir: &Path, reference: &Reference, access: &Access, own_tls
 fn root(name: &Spanned<String>, table: &Table) -> Result<Url, Wrong> {
     let text = name.get_ref();
     let full = if text.starts_with("http") { text.clone() } else { format!("https://{text}") };
-    let wrong = |reason: String| (Some(name.span()), format!("{text:?} is no host: {reason}"));
+    // What is before an @ may be a password.
+    let shown = if text.contains('@') { "this".to_owned() } else { format!("{text:?}") };
+    let wrong = |reason: String| (Some(name.span()), format!("{shown} is no host: {reason}"));
     let mut url = Url::parse(&full).map_err(|e| wrong(e.to_string()))?;
     if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
         return Err(wrong("expected https://HOST[:PORT] or http://HOST[:PORT]".to_owned()));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(wrong("name and password do not belong into it: use `docker login`".to_owned()));
     }
     let path = url.path().trim_end_matches('/').to_owned();
     url.set_path(&if table.override_path || path.ends_with("/v2") { path } else { format!("{path}/v2") });
     Ok(url)
 }
 
+/// The registry itself, as its reference names it.
+fn is_registry(root: &Url, reference: &Reference) -> bool {
+    origin(root) == reference.host().trim_end_matches(":443")
+}
+
 impl Table {
     /// `tls` is complete.
     fn host(&self, root: Url, reference: &Reference, tls: Tls) -> Result<Host, Wrong> {
         let name = origin(&root);
-        let is_registry = name == reference.host().trim_end_matches(":443");
+        let is_registry = is_registry(&root, reference);
         let (mut resolve, mut pull) = (false, false);
         for capability in self.capabilities.iter().flatten() {
             match capability.get_ref().to_lowercase().as_str() {
@@ -256,7 +302,7 @@ impl Table {
     fn headers(&self) -> Result<HeaderMap, Wrong> {
         let mut headers = HeaderMap::new();
         for (name, values) in &self.header {
-            let wrong = || (Some(name.span()), format!("{:?} or its value cannot be an HTTP header", name.get_ref()));
+            let wrong = || (Some(name.span()), "this name or its value cannot be an HTTP header".to_owned());
             let parsed: HeaderName = name.get_ref().parse().map_err(|_| wrong())?;
             for value in values.list() {
                 let mut value = HeaderValue::from_str(value).map_err(|_| wrong())?;
@@ -329,6 +375,7 @@ mod tests {
                 "server = \"https://own.io/v2\"\ncapabilities = [\"Pull\"]\n[host.\"https://m.io/up/reg\"]\noverride_path = true",
                 &["https://m.io/up/reg resolve pull", "https://own.io/v2 - pull"],
             ),
+            ("reg.io/a", "capabilities = [\"push\"]", &["https://reg.io/v2 resolve pull"]),
             ("127.0.0.1:5000/a", "[host.\"http://m.io\"]", &["http://m.io/v2 resolve pull", "http://127.0.0.1:5000/v2 resolve pull"]),
             ("127.0.0.1:5000/a", "ca = \"x.crt\"", &["https://127.0.0.1:5000/v2 resolve pull"]),
         ] {
@@ -368,6 +415,10 @@ mod tests {
             ("client = [[\"a\", \"b\"], [\"c\", \"d\"]]", &["line 1", "several certificates"]),
             ("[header]\n\"a b\" = \"hunter2\"", &["line 2", "cannot be an HTTP header"]),
             ("[header]\na = { b = \"hunter2\" }", &["line 2"]),
+            ("\nheader = \"Authorization: Bearer hunter2\"", &["line 2", "not what a hosts.toml has"]),
+            ("[header]\n\"Authorization: hunter2\" = \"\"", &["line 2"]),
+            ("server = \"https://bob:hunter2@reg.io\"", &["line 1", "docker login"]),
+            ("[host.\"https://bob:hunter2@re g.io\"]", &["line 1", "is no host"]),
         ] {
             let message = found("reg.io/a", file, Access::default()).unwrap_err();
             assert!(!message.contains("hunter2"), "{message}");
@@ -380,7 +431,7 @@ mod tests {
     #[test]
     fn the_directory_of_a_registry_is_found_under_every_name_containerd_knows() {
         let dir = tempfile::tempdir().unwrap();
-        let find = |domain: &str| host_dir(dir.path(), domain).map(|found| found.file_name().unwrap().to_str().unwrap().to_owned());
+        let find = |domain: &str| host_dir(dir.path(), domain).unwrap().map(|found| found.file_name().unwrap().to_str().unwrap().to_owned());
         assert_eq!(find("reg.io:5000"), None);
         for (name, domain) in
             [("_default", "reg.io:5000"), ("reg.io:5000", "reg.io:5000"), ("reg.io_5000_", "reg.io:5000"), ("docker.io", "docker.io")]
@@ -389,6 +440,31 @@ mod tests {
             assert_eq!(find(domain).as_deref(), Some(name));
         }
         assert_eq!(find("other.io").as_deref(), Some("_default"));
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_named() {
+        for path in ["/nowhere/certs.d", "/dev/null"] {
+            let access = Access { hosts_dir: Some(path.into()), ..Access::default() };
+            let message = find(&"reg.io/a".parse().unwrap(), &access).unwrap_err().to_string();
+            assert!(message.contains(path) && message.contains("--hosts-dir"), "{message}");
+        }
+    }
+
+    #[test]
+    fn certificates_for_the_registry_are_not_for_a_server_of_another_name() {
+        let docker = tempfile::tempdir().unwrap();
+        std::fs::create_dir(docker.path().join("reg.io")).unwrap();
+        for file in ["a.crt", "b.cert", "b.key"] {
+            std::fs::write(docker.path().join("reg.io").join(file), "").unwrap();
+        }
+        for (server, is_own) in
+            [("https://reg.io", true), ("https://reg.io:443/v2", true), ("https://reg.io:5000", false), ("https://evil.io", false)]
+        {
+            let access = Access { ca: vec!["/cli.crt".into()], docker_certs: Some(docker.path().to_owned()), ..Access::default() };
+            let hosts = found("reg.io/a", &format!("server = \"{server}\"\nca = \"s.crt\""), access).unwrap();
+            assert_eq!((hosts[0].tls.client.is_some(), hosts[0].tls.ca.len()), (is_own, if is_own { 3 } else { 2 }), "{server}");
+        }
     }
 
     #[test]

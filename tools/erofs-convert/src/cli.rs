@@ -155,7 +155,7 @@ pub struct SourceArgs {
     /// Use HTTP without TLS also for a registry that is not on this machine; logins are then sent unencrypted too
     #[arg(long)]
     pub plain_http: bool,
-    /// CA certificates (PEM) to believe beside the system's; may be given several times
+    /// CA certificates (PEM) to believe beside the system's; may be given several times. A registry on this machine is then asked over HTTPS
     #[arg(long, value_name = "FILE")]
     pub ca: Vec<PathBuf>,
     /// Directory of hosts.toml files and certificates, as containerd has it [default: /etc/containerd/certs.d, if it exists]
@@ -228,7 +228,7 @@ impl SourceArgs {
         Access {
             plain_http: self.plain_http,
             ca: self.ca.clone(),
-            hosts_dir: self.hosts_dir.clone().or_else(|| Some(CONTAINERD_CERTS.into())),
+            hosts_dir: self.hosts_dir.clone().or_else(|| Some(PathBuf::from(CONTAINERD_CERTS)).filter(|dir| dir.is_dir())),
             docker_certs: Some(DOCKER_CERTS.into()),
             logins: Logins::of_environment(|name| std::env::var_os(name)),
         }
