@@ -8,7 +8,7 @@ use super::OciError;
 use super::challenge::{Bearer, Challenge};
 use super::endpoint::{Endpoint, is_loopback};
 use super::login::{Found, Login, Proof, Secret};
-use super::tries::{Failure, MAX_TRIES, Tries, origin, read_limited};
+use super::tries::{Failure, Tries, origin, read_limited};
 
 /// Largest token answer: tokens are a few KiB.
 const MAX_TOKEN: u64 = 1 << 20;
@@ -76,7 +76,7 @@ impl Endpoint {
         if login.is_some() && !self.may_see_logins(&realm) {
             return Err(tries.denied(StatusCode::UNAUTHORIZED, self.unsent()));
         }
-        let mut tries = Tries::new(&origin(&realm), &format!("a token for {} at {}", self.0.path, self.name()), MAX_TRIES);
+        let mut tries = Tries::new(&origin(&realm), &format!("a token for {} at {}", self.0.path, self.name()), tries.most);
         let bytes = loop {
             let mut response = match self.token_request(&realm, challenge, login).send().await {
                 Ok(response) => response,

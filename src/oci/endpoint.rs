@@ -97,7 +97,8 @@ impl Endpoint {
 
     /// Remembers what a failure says about the next request.
     pub(super) fn learn(&self, error: &OciError) {
-        let down = matches!(error, OciError::Unreachable { .. }) || matches!(error, OciError::Status { status, .. } if *status >= 500);
+        let down =
+            matches!(error, OciError::Unreachable { .. }) || matches!(error, OciError::Status { status, .. } if *status >= 500 || *status == 429);
         self.0.down.store(down, Ordering::Relaxed);
     }
 

@@ -98,6 +98,16 @@ async fn a_host_that_was_down_is_asked_last_from_then_on() {
 }
 
 #[tokio::test]
+async fn a_mirror_that_asks_to_wait_is_passed_over_at_once() {
+    let sample = Sample::new();
+    let mirror = Server::start(|_| Reply::Whole(429, "Retry-After: 30\r\n".to_owned(), Vec::new())).await;
+    let registry = good(&sample).await;
+    let (source, _dir) = source(registry.port, &[(mirror.port, "")]);
+    tokio::time::timeout(std::time::Duration::from_secs(20), source.resolve(&Platform::host())).await.expect("nobody waits").unwrap();
+    assert_eq!((mirror.requests().len(), registry.requests().len()), (1, 2));
+}
+
+#[tokio::test]
 async fn a_layer_goes_on_at_the_next_host_where_a_mirror_broke_off() {
     let sample = Sample::new();
     let answers = sample.clone();

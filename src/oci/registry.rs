@@ -11,11 +11,8 @@ use super::digest::Sha256;
 use super::endpoint::{Endpoint, Expected, Fetched};
 use super::manifest::Document;
 use super::reference::Reference;
-use super::tries::MAX_TRIES;
+use super::tries::{MAX_TRIES, TRIES_BEFORE_NEXT};
 use super::{OciError, hosts};
-
-/// Requests to a host that has another behind it: a hiccup is survived, and a dead mirror does not hold up what the next host has.
-const TRIES_BEFORE_NEXT: u32 = 2;
 
 /// One repository of a registry. Cheap to clone.
 #[derive(Clone)]

@@ -10,6 +10,8 @@ use super::OciError;
 /// Requests for one thing before giving up. With the waits below that spans 3 s: a restarting registry or a hiccup of a load
 /// balancer is survived, a dead one is reported while the user still watches.
 pub(super) const MAX_TRIES: u32 = 5;
+/// Requests to a host that has another behind it: a hiccup is survived, and a dead mirror does not hold up what the next host has.
+pub(super) const TRIES_BEFORE_NEXT: u32 = 2;
 /// Wait after the first failure; doubled each time. Tests do not wait.
 const FIRST_WAIT: Duration = if cfg!(test) { Duration::from_millis(1) } else { Duration::from_millis(200) };
 /// Longest wait that a registry may ask for with Retry-After; a rate limit that lasts longer is reported instead of slept out.
@@ -45,7 +47,8 @@ impl Failure {
 pub(super) struct Tries {
     host: String,
     what: String,
-    most: u32,
+    /// Requests in a row.
+    pub(super) most: u32,
     failures: u32,
 }
 
@@ -65,6 +68,8 @@ impl Tries {
         self.failures += 1;
         let may_pass = match &failure {
             Failure::Transport(_) | Failure::Short { .. } => true,
+            // The next host is sooner than what this one asks us to wait for.
+            Failure::Status { retry_after: Some(_), .. } if self.most == TRIES_BEFORE_NEXT => false,
             Failure::Status { may_pass, .. } => *may_pass,
             Failure::BadUrl { .. } => false,
         };
