@@ -42,6 +42,13 @@ pub enum VerifyError {
 }
 
 impl VerifyError {
+    /// The digest that the bytes should have had: whose check it was.
+    pub fn expected(&self) -> Sha256 {
+        match self {
+            VerifyError::Digest { expected, .. } | VerifyError::Truncated { expected, .. } | VerifyError::TooLong { expected, .. } => *expected,
+        }
+    }
+
     /// The verification error inside an I/O error that came through a [`VerifyReader`], if it is one.
     pub fn of(error: &io::Error) -> Option<&VerifyError> {
         error.get_ref()?.downcast_ref()

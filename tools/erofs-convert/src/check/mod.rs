@@ -60,7 +60,7 @@ pub fn check(
         match failed {
             None => break model,
             // A mirror's fault is no difference: from the start, without it.
-            Some((layer, Failure::Damaged { .. } | Failure::Layer { .. })) if source.was_wrong(layer) => {}
+            Some((layer, Failure::Damaged { source: wrong, .. })) if wrong.expected() == layer.digest && source.was_wrong(layer) => {}
             Some((_, failure)) => return Err(failure),
         }
     };
@@ -81,12 +81,16 @@ fn apply(context: &Context<'_>, source: &Source, image: &SourceImage, number: us
     let blob = VerifyReader::new(blob, "the layer's blob", layer.digest, Some(layer.size));
     let failed = |source: io::Error| layer_failure(image, number, layer, ConvertError::Read { offset: 0, source });
     let unpack = Unpack::new(blob).map_err(failed)?;
-    let (result, _) = pipe::run(unpack, |tar| {
+    let (result, mut unpack) = pipe::run(unpack, |tar| {
         let mut tar = VerifyReader::new(tar, "the layer's tar", layer.diff_id.0, None);
         model.apply(&mut tar)?;
         tar.drain()
     });
-    result.map_err(failed)?;
+    if let Err(failure) = result.map_err(failed) {
+        // What looks like a malformed archive is more often a damaged blob: the digest decides.
+        let blob = if matches!(failure, Failure::Layer { .. }) { unpack.drain_blob().map_err(failed) } else { Ok(()) };
+        return Err(blob.err().filter(|blob| matches!(blob, Failure::Damaged { .. })).unwrap_or(failure));
+    }
     progress.finish();
     Ok(())
 }

@@ -49,7 +49,8 @@ impl LayerJob<'_> {
             let mut sink = StoreSink { store: self.store, leftovers: self.leftovers, finished: Vec::new() };
             match self.read(number, layer, blob, &mut sink) {
                 Ok(tree) => break (tree, sink.finished, progress),
-                Err(Failure::Damaged { .. }) if self.source.was_wrong(layer) => {
+                // A wrong diff ID is the image's fault, and every host's blob will have it.
+                Err(Failure::Damaged { source, .. }) if source.expected() == layer.digest && self.source.was_wrong(layer) => {
                     let title = layer_title(number, count, layer.digest);
                     self.context.progress.say(&format!("{title}: wrong bytes, asking another host"));
                 }
