@@ -4,9 +4,11 @@
 //! directory is used again only if the last worker ended in order after everything was on disk: it then leaves a mark beside the directory,
 //! which the next one takes away. Without the mark the directory is emptied (invariant 1).
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -55,8 +57,10 @@ pub struct CacheObjects {
 }
 
 impl CacheObjects {
-    /// Continues a kept device, bound to `dir` by an earlier worker. Nothing is served before [`CacheObjects::serve`].
-    pub fn take_over(dir: &Path, kept: Device, engine: Arc<dyn Serve>) -> CacheObjects {
+    /// Continues a kept device. `payload` was kept beside it: the directory an earlier worker bound it to, which need not be the one the
+    /// configuration names now. Nothing is served before [`CacheObjects::serve`].
+    pub fn take_over(kept: Device, payload: &[u8], engine: Arc<dyn Serve>) -> CacheObjects {
+        let dir = Path::new(OsStr::from_bytes(payload));
         // Readers wait for this device, so a cache disk that has become read-only or fails is no reason not to serve it.
         let unmarked = remove_mark(dir).inspect_err(|error| {
             tracing::error!(error = error as &dyn std::error::Error, "serving on; if the machine crashes, remove the directory and its mark by hand");
@@ -95,7 +99,7 @@ impl CacheObjects {
         self.fscache.serve(false)?;
         // Kept only where a successor can have it: with a kernel that cannot `restore`, readers would wait for ever in place of getting EIO.
         // No image is mounted before this returns, so none is mounted on a device that is not kept.
-        if let Err(error) = survives.and_then(|copy| keep(copy.as_fd(), &[])) {
+        if let Err(error) = survives.and_then(|copy| keep(copy.as_fd(), self.dir.as_os_str().as_bytes())) {
             tracing::error!(%error, "the cachefiles device will not survive this worker; readers get EIO when it ends");
         }
         Ok(())
@@ -206,7 +210,7 @@ mod tests {
         fs::create_dir(&dir).expect("a cache");
         let taken_over = || {
             let device = Device::from_kept(File::open("/dev/null").expect("a file").into());
-            CacheObjects::take_over(&dir, device, Arc::new(Nobody))
+            CacheObjects::take_over(device, dir.as_os_str().as_bytes(), Arc::new(Nobody))
         };
         // What cannot be removed as a file.
         fs::create_dir(mark(&dir)).expect("a mark");

@@ -131,12 +131,11 @@ type Kept = (OwnedFd, Vec<u8>);
 impl Starter<'_> {
     fn objects(&mut self, kept: Option<Kept>) -> Result<Option<Arc<CacheObjects>>, TakeOverError> {
         let failed = TakeOverError::of(Way::Fscache);
-        let dir = self.config.cache.join("fscache");
         let (allowed, is_taken_over) = (self.allowed(Way::Fscache), kept.is_some());
         let opened = match (kept, &allowed) {
-            (Some((fd, _)), _) => CacheObjects::take_over(&dir, Device::from_kept(fd), self.engine.clone()),
+            (Some((fd, payload)), _) => CacheObjects::take_over(Device::from_kept(fd), &payload, self.engine.clone()),
             (None, Err(why)) => return Ok(self.refuse(Way::Fscache, why.clone())),
-            (None, Ok(())) => match CacheObjects::bind(&dir, self.engine.clone(), self.keeper(CACHEFILES)) {
+            (None, Ok(())) => match CacheObjects::bind(&self.config.cache.join("fscache"), self.engine.clone(), self.keeper(CACHEFILES)) {
                 Ok(objects) => objects,
                 Err(error) => return Ok(self.refuse(Way::Fscache, one_line(&error))),
             },
