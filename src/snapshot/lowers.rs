@@ -23,7 +23,8 @@ const MOUNT_DEADLINE: Duration = Duration::from_secs(60);
 /// Mounts that may hang at the same time. The runtime has 512 threads for blocking work, so the ledger's work always finds one.
 const MOUNTS_AT_ONCE: usize = 64;
 
-/// Images that can be mounted: what the snapshotter needs of [`Images`], and a seam for tests. Every method may block.
+/// Images that can be mounted: all that the snapshotter knows of [`Images`]. Every method may block. A trait because one race, a removal
+/// between two steps of another request, is tested by holding a stand-in still at that step; everything else is tested with [`Images`].
 pub trait LowerImages: Send + Sync + 'static {
     /// Whether the image of `chain` can be mounted from now on, whatever happens to the store. Answers within 300 ms; no answer is a no.
     fn known(&self, chain: &ChainId) -> bool;
