@@ -35,7 +35,7 @@
 //! **Named means whole** (invariant 2): [`publish`] tells how a file gets its name, and what is done when the name is taken. Files are
 //! never changed in place. Who reads a file verifies it, whatever its name says.
 //!
-//! Low to high: [`error`], [`layout`], `open`, `text`, [`key`], [`trust`], `content`, [`publish`], [`record`], [`roots`], [`chunks`].
+//! Low to high: [`error`], [`layout`], `open`, `text`, [`key`], [`trust`], `content`, [`publish`], [`record`], [`roots`], `reach`, [`chunks`].
 
 pub mod error;
 pub mod layout;
@@ -47,6 +47,7 @@ mod content;
 pub mod publish;
 pub mod record;
 pub mod roots;
+mod reach;
 pub mod chunks;
 
 pub use content::MAX_UNCOMPRESSED;
@@ -54,6 +55,7 @@ pub use error::StoreError;
 pub use key::{KeyError, KeyId, PublicKey, SigningKey};
 pub use layout::Name;
 pub use publish::{Published, Temp};
+pub use reach::Reach;
 pub use record::{Found, Payload, Sizes};
 pub use roots::{ImageRoot, RootLayer};
 pub use trust::{Trust, TrustFiles};

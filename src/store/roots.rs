@@ -119,7 +119,7 @@ impl Store {
     }
 
     /// An image root and when it was published last.
-    fn read_root(&self, path: &Path) -> Result<(ImageRoot, SystemTime), StoreError> {
+    pub(super) fn read_root(&self, path: &Path) -> Result<(ImageRoot, SystemTime), StoreError> {
         let shown = self.shown(path);
         let modified = open::regular(&self.root, path, &shown)?.metadata().and_then(|metadata| metadata.modified());
         let modified = modified.map_err(|error| StoreError::from_io(Doing::Reading, &shown, error))?;
@@ -132,7 +132,7 @@ impl Store {
     }
 
     /// Paths of what lies `depth` directories below `dir`. What is no directory on the way down is passed over.
-    fn files_below(&self, dir: &Path, depth: usize) -> Result<Vec<PathBuf>, StoreError> {
+    pub(super) fn files_below(&self, dir: &Path, depth: usize) -> Result<Vec<PathBuf>, StoreError> {
         let mut dirs = vec![dir.to_owned()];
         for _ in 0..=depth {
             let mut next = Vec::new();

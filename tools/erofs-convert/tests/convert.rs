@@ -112,6 +112,13 @@ fn layers_in_the_store_are_not_read_again() {
     ground.layout.add("2", &other).unwrap();
     assert_eq!(layers(&ground.convert("oci:img:2")), [true, false]);
     assert_eq!(ground.listed().len(), 2);
+    // And one that has the layer somewhere else: what counts is that a record names it, for whatever chain.
+    fs::remove_file(ground.scratch.join("state/journal")).unwrap();
+    let built =
+        ground.layout.add("3", &Image::new().layer(&Layer::new([Entry::file("below", "b")]), Compression::Plain).layer(&app, Compression::Gzip));
+    fs::remove_file(ground.layout.blob(&built.unwrap().layers[1].digest)).unwrap();
+    assert_eq!(layers(&ground.convert("oci:img:3")), [false, true]);
+    assert_eq!(ground.listed().len(), 3);
     // Without our own journal and with another key, nothing in the store can be trusted.
     fs::remove_dir_all(ground.scratch.join("state")).unwrap();
     ground.layout.add("1", &first).unwrap();

@@ -147,7 +147,8 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
     if new_store {
         context.progress.say(&format!("made a new store in {}", store.dir().display()));
     }
-    let mut finished = reuse::find(&store, &journal, &Trust(vec![key.public()]), &image)?;
+    let trust = Trust(vec![key.public()]);
+    let mut finished = reuse::find(&store, &journal, &trust, &store.reach(&trust)?, &image)?;
     let todo = missing_layers(&image, &finished);
     context.progress.say(&format!("{} of {} layers are in the store", image.layers.len() - todo.len(), image.layers.len()));
     // A failing layer stops the others, but the user's own token stays as it is.

@@ -1,21 +1,28 @@
 //! Layers that need not be converted, nor even downloaded, because the store has them.
 //!
-//! A tree is believed for one of two reasons: a record signed by a trusted key names it, or this converter's own journal does. In
-//! both cases it is read and verified now, and its packs must be there.
+//! A tree is believed for one of two reasons: a record signed by a trusted key names it, be it of this image's chain or of any other image
+//! that has the layer, or this converter's own journal does. In both cases it is read and verified now, and its packs must be there. What records
+//! name comes first, so that two converters of one store choose alike.
 
 use std::collections::HashMap;
 
 use erofs::digest::Digest;
 use slipway::oci::{DiffId, SourceImage};
-use slipway::store::{Name, Store, StoreError, Trust};
+use slipway::store::{Name, Reach, Store, StoreError, Trust};
 
 use super::Finished;
 use crate::failure::Failure;
 use crate::journal::Journal;
 use crate::pack_file::PackFile;
 
-/// The layers of `image` that the store has.
-pub(super) fn find(store: &Store, journal: &Journal, trust: &Trust, image: &SourceImage) -> Result<HashMap<DiffId, Finished>, Failure> {
+/// The layers of `image` that the store has; `reach` is what trusted records of all its images name.
+pub(super) fn find(
+    store: &Store,
+    journal: &Journal,
+    trust: &Trust,
+    reach: &Reach,
+    image: &SourceImage,
+) -> Result<HashMap<DiffId, Finished>, Failure> {
     let mut finished = HashMap::new();
     // The highest chain with a record names the trees of every layer below.
     for top in (0..image.layers.len()).rev() {
@@ -26,6 +33,9 @@ pub(super) fn find(store: &Store, journal: &Journal, trust: &Trust, image: &Sour
         break;
     }
     for layer in &image.layers {
+        for tree in reach.trees(&layer.diff_id) {
+            add(store, &mut finished, layer.diff_id, tree)?;
+        }
         if let Some(tree) = journal.find(store.id(), layer.diff_id) {
             add(store, &mut finished, layer.diff_id, tree)?;
         }

@@ -1,0 +1,180 @@
+//! What the store's images vouch for: layer trees by diff ID, and packs, as far as trusted records name them.
+//!
+//! The walk begins at the image roots and not in `chains/`. A root leads to the one record that names everything of its image, where
+//! `chains/` has a record for every prefix; and what a root reaches is what stays in the store, while records that no root leads to are on their
+//! way out. A root is not signed and only says where to look: what is believed are the signed records of the chain it names.
+//!
+//! Records that cannot be read, are tombstoned, or that no trusted key signed are passed over. Of any fold version are good: trees and packs do not
+//! depend on it. Whether what a record names is still there, and whole, shows when it is used.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use erofs::digest::Digest;
+use erofs::meta::PackRef;
+
+use super::record::{Payload, open_record};
+use super::trust::Trust;
+use super::{Name, Store, StoreError, layout, open};
+use crate::oci::{ChainId, DiffId};
+
+/// Files read at once: on a network each costs a few round trips, and there are two for every image.
+const READS_AT_ONCE: usize = 16;
+
+/// Layers and packs that trusted records name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    trees: BTreeMap<DiffId, BTreeSet<Digest>>,
+    packs: BTreeMap<Digest, PackRef>,
+}
+
+impl Reach {
+    /// The trees that records name for a layer, in byte order.
+    pub fn trees(&self, diff_id: &DiffId) -> impl Iterator<Item = Digest> {
+        self.trees.get(diff_id).into_iter().flatten().copied()
+    }
+
+    /// The packs that records name, each once, in byte order.
+    pub fn packs(&self) -> impl Iterator<Item = &PackRef> {
+        self.packs.values()
+    }
+
+    fn add(&mut self, payload: &Payload) {
+        for (diff_id, tree) in payload.diff_ids.iter().zip(&payload.trees) {
+            self.trees.entry(*diff_id).or_default().insert(*tree);
+        }
+        for pack in &payload.packs {
+            // Should records disagree on its length, all but one are wrong; who opens the pack goes by its footer.
+            self.packs.entry(pack.digest).or_insert(*pack);
+        }
+    }
+}
+
+impl Store {
+    /// Layers and packs that records of the store's images name, as far as `trust` vouches for the records.
+    ///
+    /// Errors are trouble in reaching the store only.
+    pub fn reach(&self, trust: &Trust) -> Result<Reach, StoreError> {
+        let roots = self.files_below(Path::new("images"), 2)?;
+        let chains = at_once(&roots, |path: &PathBuf| match self.read_root(path) {
+            Ok((root, _)) => Ok(Some(root.chain)),
+            Err(error) if error.is_about_content() => Ok(None),
+            Err(error) => Err(error),
+        })?;
+        let chains: Vec<ChainId> = chains.into_iter().flatten().collect::<BTreeSet<_>>().into_iter().collect();
+        let mut reach = Reach::default();
+        for payload in at_once(&chains, |chain| self.vouched(chain, trust))?.iter().flatten() {
+            reach.add(payload);
+        }
+        Ok(reach)
+    }
+
+    /// What trusted records that are in use say of a chain.
+    fn vouched(&self, chain: &ChainId, trust: &Trust) -> Result<Vec<Payload>, StoreError> {
+        let dir = layout::records_of(chain);
+        let names = open::names(&self.root, &dir, &self.shown(&dir))?;
+        let mut payloads = Vec::new();
+        for digest in names.iter().filter_map(|name| name.strip_suffix(".json")?.parse::<Digest>().ok()) {
+            if names.binary_search(&layout::tombstone(&digest)).is_ok() {
+                continue;
+            }
+            match self.read_small(&Name::Record { chain: *chain, digest }.path()) {
+                Ok(bytes) => match open_record(&bytes, trust) {
+                    Ok((payload, name)) if name == digest && payload.chain == *chain => payloads.push(payload),
+                    Ok(_) => tracing::debug!(%chain, record = %digest, "passing over a record that lies under another's name"),
+                    Err(fault) => tracing::debug!(%chain, record = %digest, %fault, "passing over a record"),
+                },
+                Err(error) if error.is_about_content() => tracing::debug!(%chain, record = %digest, %error, "passing over a record"),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(payloads)
+    }
+}
+
+/// Does `work` on all `items` on several threads; the results in their order, or the first error.
+fn at_once<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Result<R, StoreError> + Sync) -> Result<Vec<R>, StoreError> {
+    let share = items.len().div_ceil(READS_AT_ONCE).max(1);
+    thread::scope(|scope| {
+        let threads: Vec<_> = items.chunks(share).map(|items| scope.spawn(|| items.iter().map(&work).collect::<Result<Vec<R>, _>>())).collect();
+        let mut results = Vec::with_capacity(items.len());
+        for thread in threads {
+            results.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok(results)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::oci::Sha256;
+    use crate::store::ImageRoot;
+    use crate::store::sample::{Sample, layers};
+
+    /// Publishes an image with its root; gives its top payload.
+    fn image(sample: &Sample, name: &str) -> Payload {
+        let payload = sample.publish(&layers(name, 2)).pop().unwrap();
+        sample.store.put_image(&root(name, &payload)).unwrap();
+        payload
+    }
+
+    fn root(name: &str, payload: &Payload) -> ImageRoot {
+        let digest = Sha256::of(name.as_bytes());
+        let root = serde_json::json!({
+            "source": name, "target": null, "platform": "linux/amd64", "manifest": digest, "chain": payload.chain,
+            "metadata": payload.metadata.to_string(), "layers": [], "sizes": payload.sizes,
+        });
+        serde_json::from_value(root).unwrap()
+    }
+
+    #[test]
+    fn layers_and_packs_of_every_image_are_reached() {
+        let sample = Sample::new();
+        assert_eq!(sample.store.reach(&sample.trust()).unwrap(), Reach::default());
+        let images: Vec<Payload> = (0..40).map(|i| image(&sample, &format!("example.com/{i}"))).collect();
+        let reach = sample.store.reach(&sample.trust()).unwrap();
+        for payload in &images {
+            for (diff_id, tree) in payload.diff_ids.iter().zip(&payload.trees) {
+                assert_eq!(reach.trees(diff_id).collect::<Vec<_>>(), [*tree]);
+            }
+            assert!(reach.packs().any(|pack| *pack == payload.packs[0]));
+        }
+        assert_eq!(reach.packs().count(), images.len());
+        assert_eq!(reach.trees(&DiffId(Sha256::of(b"unknown"))).count(), 0);
+    }
+
+    #[test]
+    fn what_no_trusted_record_in_use_names_is_not_reached() {
+        let sample = Sample::new();
+        let good = image(&sample, "example.com/good");
+        let names = |sample: &Sample| sample.store.reach(&sample.trust()).unwrap().packs().map(|pack| pack.digest).collect::<Vec<_>>();
+        let only_good = [good.packs[0].digest];
+        // Records without a root.
+        sample.publish(&layers("example.com/no-root", 2));
+        assert_eq!(names(&sample), only_good);
+        // A root whose record is of another key, damaged, or tombstoned.
+        let stranger = Sample::new();
+        let mut foreign = stranger.publish(&layers("example.com/stranger", 2)).pop().unwrap();
+        sample.store.put_record(&foreign, &stranger.key).unwrap();
+        sample.store.put_image(&root("example.com/stranger", &foreign)).unwrap();
+        assert_eq!(names(&sample), only_good);
+        foreign.key = sample.key.public().id();
+        sample.store.put_record(&foreign, &sample.key).unwrap();
+        assert_eq!(names(&sample).len(), 2);
+        let record = sample.store.dir().join(Name::Record { chain: foreign.chain, digest: Digest::of(&foreign.encode()) }.path());
+        fs::write(record.with_extension("tomb"), b"").unwrap();
+        assert_eq!(names(&sample), only_good);
+        fs::remove_file(record.with_extension("tomb")).unwrap();
+        fs::write(&record, b"{}").unwrap();
+        assert_eq!(names(&sample), only_good);
+        fs::remove_file(&record).unwrap();
+        fs::create_dir(&record).unwrap();
+        fs::write(sample.store.dir().join("images/README"), b"").unwrap();
+        assert_eq!(names(&sample), only_good);
+        assert_eq!(sample.store.reach(&Trust(Vec::new())).unwrap(), Reach::default());
+    }
+}
