@@ -11,13 +11,16 @@
 //! - [`tree`]: a whole file system, folded from layers;
 //! - [`fold`]: layers to tree;
 //! - [`image`]: tree to EROFS bytes (checked → plan → emit) and EROFS bytes to views (reader, dump);
-//! - [`pack`]: file data as compressed, verified units.
+//! - [`pack`]: file data as compressed, verified units;
+//! - [`framing`]: the rest of a layer's tar, from which and from packs its very bytes come back.
 
 pub mod block;
 pub mod digest;
 pub mod fold;
+pub mod framing;
 pub mod image;
 pub mod layer;
 pub mod meta;
+mod number;
 pub mod pack;
 pub mod tree;

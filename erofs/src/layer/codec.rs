@@ -10,6 +10,7 @@ use super::{Entry, EntryKind, LayerError, LayerTree, MAX_PATH, room_for_paths};
 use crate::block::UnitBits;
 use crate::digest::Digest;
 use crate::meta::{Attr, Chunk, Content, Data, Device, PackRef, Time, Xattr};
+use crate::number::{self, NO_NUMBER};
 
 const MAGIC: [u8; 8] = *b"SLWYTREE";
 /// Of the encoding, and of how an archive is read: a tree read by other rules must not be reused as if it were this version's. Whoever
@@ -54,17 +55,12 @@ pub(super) fn encode(tree: &LayerTree) -> Vec<u8> {
 struct Out(Vec<u8>);
 
 impl Out {
-    fn number(&mut self, mut value: u64) {
-        while value >= 0x80 {
-            self.0.push(value as u8 | 0x80);
-            value >>= 7;
-        }
-        self.0.push(value as u8);
+    fn number(&mut self, value: u64) {
+        number::put(&mut self.0, value);
     }
 
-    /// Small numbers of either sign as small numbers: 0, -1, 1, -2, ...
     fn signed(&mut self, value: i64) {
-        self.number((value << 1 ^ value >> 63) as u64);
+        number::put_signed(&mut self.0, value);
     }
 
     fn bytes(&mut self, bytes: &[u8]) {
@@ -249,19 +245,7 @@ impl<'a> In<'a> {
     }
 
     fn number(&mut self) -> Decoded<u64> {
-        let mut value = 0u64;
-        for shift in (0..64).step_by(7) {
-            let byte = self.byte()?;
-            let bits = u64::from(byte & 0x7f);
-            if bits << shift >> shift != bits || (byte == 0 && shift > 0) {
-                return Err("a number is too large or not in its shortest form");
-            }
-            value |= bits << shift;
-            if byte < 0x80 {
-                return Ok(value);
-            }
-        }
-        Err("a number is too large or not in its shortest form")
+        number::read(|| self.byte())?.ok_or(NO_NUMBER)
     }
 
     fn number_32(&mut self) -> Decoded<u32> {
@@ -269,8 +253,7 @@ impl<'a> In<'a> {
     }
 
     fn signed(&mut self) -> Decoded<i64> {
-        let value = self.number()?;
-        Ok((value >> 1) as i64 ^ -((value & 1) as i64))
+        self.number().map(number::signed)
     }
 
     fn bytes(&mut self) -> Decoded<&'a [u8]> {
