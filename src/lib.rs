@@ -34,7 +34,8 @@
 //!    one writer.
 //! 3. **containerd never waits for the store.** A gRPC handler hands the question to a worker thread with a deadline; a timeout is
 //!    a miss. Only hits are remembered.
-//! 4. **A miss is a plain pull.** Anything wrong before a snapshot is committed ends in an ordinary overlay snapshot.
+//! 4. **A miss is a plain pull.** Anything wrong before a snapshot is committed ends in an ordinary overlay snapshot. The one exception is
+//!    a layer that says of itself that it holds no files ([`snapshot::COMPACT_CHAIN`]): its pull fails.
 //! 5. **Verified before visible.** No byte enters a local cache file before its unit's digest matched; no metadata image is
 //!    mounted before its digest matched the signed record.
 //! 6. **Data before bit.** A presence bit is persisted only after the data it stands for is durable. The map on disk is never a

@@ -31,6 +31,17 @@ use ledger::LedgerError;
 /// Label by which containerd names the chain a snapshot is prepared for (`core/snapshots/snapshotter.go`), as `sha256:<hex>`.
 pub const TARGET_REF: &str = "containerd.io/snapshot.ref";
 
+/// Label of the only layer of a *compact image*, from its descriptor's annotation: the chain, as `sha256:<hex>`, whose image it stands for.
+///
+/// Such a layer holds no files, just the metadata image; unpacked plainly it is a root file system without any program. That is what a node
+/// without Slipway gets: the pull succeeds there, and every container fails before it runs, since its program is not found. Here a miss would
+/// leave the same behind for ever, as containerd never asks again for a layer that it has; so the pull fails instead, with a message that says
+/// why, and whoever pulls again (the kubelet does by itself) has it once the store does. This is the exception to invariant 4.
+///
+/// Nobody believes the label, which an image's author can write as they like: which image a chain has is for signed records to say, and the
+/// compact image's own chain has one. All that the label can do is make the pull of its own image fail, and only where that chain is a miss.
+pub const COMPACT_CHAIN: &str = "containerd.io/snapshot/slipway.chain";
+
 /// Label by which `slipwayd mount` asks for the image of a chain, as [`TARGET_REF`] does for a pull. What is committed then has a name of its own
 /// and no [`TARGET_REF`], so that containerd never takes it for its own and it can go with the last view.
 pub const VIEW_REF: &str = "slipway/view-of";

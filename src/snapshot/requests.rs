@@ -15,7 +15,7 @@ use super::ledger::{Kind, Ledger, LedgerError, Lineage, NewSnapshot, Row, Snapsh
 use super::lowers::{LowerError, LowerImages, Lowers};
 use super::mounts::Layout;
 use super::proto::Mount;
-use super::{SnapshotError, TARGET_REF, VIEW_REF, check_state_path, usage, view_base};
+use super::{COMPACT_CHAIN, SnapshotError, TARGET_REF, VIEW_REF, check_state_path, usage, view_base};
 use crate::metrics::Metrics;
 use crate::oci::{ChainId, Sha256};
 
@@ -23,6 +23,8 @@ use crate::oci::{ChainId, Sha256};
 const OVERLAY_INDEX: &str = "/sys/module/overlay/parameters/index";
 /// The words of `/proc/self/uid_map` in the initial user namespace.
 const WHOLE_ID_RANGE: [&str; 3] = ["0", "0", "4294967295"];
+/// What is shown of a label that anybody may have written: a chain ID is shorter.
+const MAX_SHOWN: usize = 80;
 
 /// Why a call fails.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +37,16 @@ pub enum RequestError {
     Available {
         /// The committed snapshot that holds it.
         name: String,
+    },
+    /// A compact image's layer, which is of no use unpacked.
+    #[error(
+        "{chain} is not in the store, or the store did not answer in time; it is the layer of a compact image, which holds no files but stands          for those of chain {stands_for}: check this node's store and trusted keys and convert the image again, or use the image it was made          from, or a portable target of that"
+    )]
+    Compact {
+        /// What was asked for.
+        chain: String,
+        /// What the layer says it stands for, fit to be shown.
+        stands_for: String,
     },
     /// The image below is not mounted.
     #[error(transparent)]
@@ -91,6 +103,7 @@ impl Snapshots {
     pub async fn create(&self, new: NewSnapshot) -> Result<Vec<Mount>, RequestError> {
         if new.kind == Kind::Active {
             self.commit_lazily(&new).await?;
+            refuse_compact(&new.labels)?;
         }
         let (kind, key) = (new.kind, new.key.clone());
         let make =
@@ -115,7 +128,7 @@ impl Snapshots {
         }
     }
 
-    /// The handshake of a pull. Ok means: go on as for a plain image (invariant 4).
+    /// The handshake of a pull. Ok means: go on as for a plain image (invariant 4), unless [`refuse_compact`] says no.
     async fn commit_lazily(&self, new: &NewSnapshot) -> Result<(), RequestError> {
         let chain_in = |label| new.labels.get(label).and_then(|text| text.parse::<ChainId>().ok());
         let (chain, name) = match (chain_in(TARGET_REF), chain_in(VIEW_REF)) {
@@ -266,6 +279,17 @@ impl Snapshots {
         let done = tokio::task::spawn_blocking(move || work(&this)).await;
         done.unwrap_or_else(|error| resume_unwind(error.into_panic()))
     }
+}
+
+/// Fails if what nothing lazy was found for is the layer of a compact image: see [`COMPACT_CHAIN`] for why invariant 4 does not hold there.
+fn refuse_compact(labels: &BTreeMap<String, String>) -> Result<(), RequestError> {
+    let Some(stands_for) = labels.get(COMPACT_CHAIN) else { return Ok(()) };
+    let chain = labels.get(TARGET_REF).and_then(|text| text.parse::<ChainId>().ok());
+    let chain = chain.map_or_else(|| "this layer".to_owned(), |chain| format!("chain {chain}"));
+    let stands_for: String = stands_for.chars().filter(|c| c.is_ascii_graphic()).take(MAX_SHOWN).collect();
+    let refusal = RequestError::Compact { chain, stands_for };
+    tracing::warn!(reason = %refusal, "no plain pull of a compact image");
+    Err(refusal)
 }
 
 /// Only active snapshots and views have mounts.

@@ -9,12 +9,13 @@
 //! | `chain` | chain ID of layers 1..=n |
 //! | `parent` | chain ID of layers 1..=n-1, `null` for a first layer |
 //! | `diff_ids` | diff IDs of the layers, bottom first |
-//! | `trees` | digests of the layer trees, bottom first |
+//! | `trees` | digests of the layer trees, bottom first; none if it stands for another chain |
 //! | `metadata` | digest of the metadata image |
 //! | `fold_version` | version of the fold that gave it |
 //! | `packs` | `{"digest", "blocks", "unit_bits"}` of each pack, in device order |
 //! | `sizes` | `{"metadata", "content", "inodes", "stored"}`, see [`Sizes`] |
 //! | `top` | whether the chain is a whole image |
+//! | `stands_for` | chain whose image this is, see [`Payload::stands_for`]; left out of all other records |
 //! | `tool` | program and version that wrote it |
 //! | `key` | id of the signing key |
 //!
@@ -51,7 +52,7 @@ pub struct Payload {
     pub parent: Option<ChainId>,
     /// Diff IDs of the layers, bottom first.
     pub diff_ids: Vec<DiffId>,
-    /// Layer trees, bottom first, one per layer.
+    /// Layer trees, bottom first, one per layer; none with [`Payload::stands_for`].
     #[serde(with = "text::many")]
     pub trees: Vec<Digest>,
     /// Digest of the metadata image that folding the trees gives.
@@ -66,6 +67,10 @@ pub struct Payload {
     pub sizes: Sizes,
     /// The chain is a whole image: its metadata image lies in the store ready-made. Otherwise it is a prefix, folded on the node.
     pub top: bool,
+    /// The chain of a compact image, of which this is the record: its only layer holds no files, and what is mounted for it is the image of
+    /// this other chain. The key that signs this vouches for it as for any other record, so nobody has to believe what an image says of itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stands_for: Option<ChainId>,
     /// Name and version of the program that wrote the record, see [`tool`].
     pub tool: String,
     /// Key that signs this payload.
@@ -160,8 +165,12 @@ impl Payload {
         if payload.parent.as_ref() != chains.iter().rev().nth(1) {
             return malformed("its parent is not the chain of the layers below the last");
         }
-        if payload.trees.len() != payload.diff_ids.len() {
-            return malformed("it has not one tree for each layer");
+        match payload.stands_for {
+            None if payload.trees.len() != payload.diff_ids.len() => return malformed("it has not one tree for each layer"),
+            Some(_) if !payload.trees.is_empty() => return malformed("it stands for another chain and has trees of its own"),
+            Some(_) if !payload.top || payload.diff_ids.len() != 1 => return malformed("it stands for another chain and is no image of one layer"),
+            Some(other) if other == payload.chain => return malformed("it stands for itself"),
+            _ => {}
         }
         if payload.packs.len() > MAX_PACKS {
             return malformed("it refers to too many packs");
@@ -321,17 +330,46 @@ mod tests {
         assert_eq!(Payload::decode(&payload.encode()).unwrap(), payload);
     }
 
+    /// What a converter would say of a compact image made of `of`'s.
+    fn stand_in(of: &Payload) -> Payload {
+        let diff_id = DiffId(crate::oci::Sha256::of(b"the layer of a compact image"));
+        Payload { chain: ChainId(diff_id.0), parent: None, diff_ids: vec![diff_id], trees: Vec::new(), stands_for: Some(of.chain), ..of.clone() }
+    }
+
+    #[test]
+    fn a_record_that_stands_for_another_chain_needs_the_image_and_no_trees() {
+        let sample = Sample::new();
+        let of = sample.publish(&layers("a", 2)).pop().unwrap();
+        let payload = stand_in(&of);
+        assert_eq!(sample.store.find(&payload.chain, &sample.trust()).unwrap(), None);
+        sample.store.put_record(&payload, &sample.key).unwrap();
+        let text = String::from_utf8(payload.encode()).unwrap();
+        assert!(text.contains(&format!("\"trees\":[],\"metadata\":\"{}\"", of.metadata)), "{text}");
+        assert!(text.contains(&format!("\"top\":true,\"stands_for\":\"{}\",\"tool\"", of.chain)), "{text}");
+        for name in of.tree_names() {
+            fs::remove_file(sample.store.dir().join(name.path())).unwrap();
+        }
+        assert_eq!(sample.store.find(&payload.chain, &sample.trust()).unwrap().as_ref(), Some(&payload));
+        fs::remove_file(sample.store.dir().join(Name::Meta(of.metadata).path())).unwrap();
+        assert_eq!(sample.store.find(&payload.chain, &sample.trust()).unwrap(), None);
+    }
+
     #[test]
     fn a_payload_that_contradicts_itself_is_refused() {
         let sample = Sample::new();
         let good = payloads(&layers("a", 3), &sample.key).pop().unwrap();
         type Edit = fn(&mut Payload);
-        let edits: [(Edit, &str); 7] = [
+        let edits: [(Edit, &str); 12] = [
             (|p| p.chain = p.parent.unwrap(), "chain ID"),
             (|p| p.parent = None, "parent"),
             (|p| p.parent = Some(p.chain), "parent"),
             (|p| p.diff_ids.clear(), "chain ID"),
             (|p| p.trees.truncate(1), "one tree"),
+            (|p| p.trees.clear(), "one tree"),
+            (|p| p.stands_for = Some(p.chain), "trees of its own"),
+            (|p| *p = Payload { stands_for: p.parent, trees: Vec::new(), ..p.clone() }, "one layer"),
+            (|p| *p = Payload { top: false, ..stand_in(p) }, "one layer"),
+            (|p| *p = Payload { stands_for: Some(stand_in(p).chain), ..stand_in(p) }, "itself"),
             (|p| p.packs.push(p.packs[0]), "twice"),
             (|p| p.packs = vec![p.packs[0]; MAX_PACKS + 1], "too many"),
         ];
@@ -474,6 +512,7 @@ mod tests {
                 packs: vec![PackRef { digest: Digest(seed[1]), blocks, unit_bits: UnitBits::new(bits).unwrap() }],
                 sizes: Sizes { metadata: sizes[0], content: sizes[1], inodes: sizes[2], stored: sizes[3] },
                 top,
+                stands_for: None,
                 tool,
                 key: KeyId([7; 8]),
             };

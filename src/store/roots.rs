@@ -39,6 +39,10 @@ pub struct ImageRoot {
     pub layers: Vec<RootLayer>,
     /// Sizes of the whole image.
     pub sizes: Sizes,
+    /// Chains of the compact images that were made of it, whose records stand for [`ImageRoot::chain`]: kept as long as it is. More than one if
+    /// the metadata image has changed since, as by a newer converter.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub compact: Vec<ChainId>,
 }
 
 /// One layer of an image root.
@@ -173,6 +177,7 @@ mod tests {
                 .map(|(&diff_id, &tree)| RootLayer { blob: blob("b"), size: 7, diff_id, tree })
                 .collect(),
             sizes: payload.sizes,
+            compact: Vec::new(),
         }
     }
 
@@ -184,7 +189,7 @@ mod tests {
         assert_eq!(sample.store.put_image(&b).unwrap(), Published::New);
         assert_eq!(sample.store.put_image(&a).unwrap(), Published::New);
         assert_eq!(sample.store.put_image(&a).unwrap(), Published::Present);
-        let tagged = ImageRoot { target: Some("example.com/a:1-acc".to_owned()), ..a };
+        let tagged = ImageRoot { target: Some("example.com/a:1-acc".to_owned()), compact: vec![a.chain], ..a };
         assert_eq!(sample.store.put_image(&tagged).unwrap(), Published::Replaced);
         let listed: Vec<ImageRoot> = sample.store.images().unwrap().into_iter().map(Result::unwrap).collect();
         assert_eq!(listed, [tagged, b]);

@@ -97,6 +97,7 @@ pub(crate) fn payloads(layers: &[(DiffId, LayerTree)], key: &SigningKey) -> Vec<
                 packs: layers[0].1.packs.clone(),
                 sizes: Sizes { metadata: built.bytes.len() as u64, content: 200_000, inodes: n as u64 + 2, stored: 44 },
                 top: n == layers.len(),
+                stands_for: None,
                 tool: tool(),
                 key: key.public().id(),
             }

@@ -6,7 +6,7 @@ mod world;
 use std::fs;
 use std::os::unix::fs::FileExt;
 
-use testbed::{Compression, Image, Registry, SlipwaydConfig, need, noise, require};
+use testbed::{Compression, Containerd, Image, Registry, SlipwaydConfig, Snapshotter, need, noise, require};
 use world::{World, assert_same_tree, store_files};
 
 /// The same number on every Linux architecture.
@@ -56,6 +56,61 @@ fn a_target_in_another_registry_runs_anywhere_and_starts_lazily_with_slipway() {
     assert!(built.layers.iter().all(|layer| !served.contains_key(&layer.digest)), "no layer is fetched: {served:?}");
     assert_eq!(node.containerd.run(&target, &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
     assert_same_tree(&world.plain_tree(&target, &built), &node.tree(&built));
+}
+
+#[test]
+fn a_compact_target_starts_lazily_where_the_store_is_and_is_refused_elsewhere() {
+    require_everything!();
+    let world = World::new("compact");
+    let (source, built) = world.push("full", &images::full());
+    let other = Registry::start(&world.scratch.join("other-registry")).expect("a second registry");
+    let target = other.reference("small/full:1");
+    let args = ["--target", &target, "--target-kind", "compact", "--json"];
+    let done = world.converter.command(&source, &world.store).expect("a converter").args(args).output().expect("a conversion");
+    assert!(done.status.success(), "{done:?}");
+    let kept = testbed::run("cat", [store_files(&world.store.join("images"), ".json")[0].clone()]).expect("an image root");
+    let kept: serde_json::Value = serde_json::from_str(&kept).expect("JSON");
+    let chain = format!("sha256:{}", kept["compact"][0].as_str().expect("the compact image's chain"));
+    let plain = world.plain_tree(&source, &built);
+
+    // Nothing but the two documents comes from the registry: not even the layer.
+    let node = world.node();
+    let mark = other.mark();
+    node.containerd.cri().expect("a CRI client").pull(&target).expect("a pull");
+    assert_eq!(other.blob_bytes(mark).len(), 1, "the configuration");
+    assert_eq!(node.containerd.run(&target, &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
+    assert_same_tree(&plain, &node.tree_of_chain(&chain));
+    // The image it stands for starts beside it, and both go.
+    assert_eq!(node.pull(&world, &source, &built), [""; 0]);
+    assert_same_tree(&plain, &node.tree(&built));
+    for image in [&target, &source] {
+        node.containerd.cri().expect("a CRI client").remove(image).expect("a removal");
+    }
+    assert!(!node.containerd.snapshots(&["ls"]).expect("a list").contains("sha256:"));
+    drop(node);
+
+    // A node whose store does not know it, until it does.
+    fs::remove_dir_all(world.scratch.join("slipwayd")).expect("the node's directory can go");
+    fs::remove_dir_all(world.scratch.join("lazy")).expect("the node's directory can go");
+    let records = world.store.join("chains");
+    let aside = world.scratch.join("aside");
+    fs::rename(&records, &aside).expect("the records are moved aside");
+    let node = world.node();
+    let refused = format!("{:#}", node.containerd.cri().expect("a CRI client").pull(&target).expect_err("a refusal"));
+    for part in ["compact image", "holds no files", built.top_chain().trim_start_matches("sha256:"), chain.trim_start_matches("sha256:")] {
+        assert!(refused.contains(part), "{part} is not in: {refused}");
+    }
+    assert_eq!(node.pull(&world, &source, &built).len(), 3, "any other image is pulled plainly");
+    fs::rename(&aside, &records).expect("the records are back");
+    node.containerd.cri().expect("a CRI client").pull(&target).expect("the next attempt");
+    assert_eq!(node.containerd.run(&target, &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
+    drop(node);
+
+    // Without Slipway it can be pulled, and no container of it comes to run.
+    let containerd = Containerd::start(&world.scratch.join("without"), Snapshotter::Overlayfs).expect("a containerd");
+    containerd.cri().expect("a CRI client").pull(&target).expect("an ordinary pull");
+    let error = format!("{:#}", containerd.run(&target, &["/bin/cat", "/etc/motd"]).expect_err("there is no program"));
+    assert!(error.contains("/bin/cat"), "{error}");
 }
 
 #[test]

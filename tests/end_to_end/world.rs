@@ -76,7 +76,11 @@ impl Node {
     }
 
     pub fn tree(&self, built: &BuiltImage) -> TreeDigest {
-        tree_of(&self.containerd, built.top_chain())
+        self.tree_of_chain(built.top_chain())
+    }
+
+    pub fn tree_of_chain(&self, chain: &str) -> TreeDigest {
+        tree_of(&self.containerd, chain)
     }
 }
 

@@ -80,6 +80,7 @@ pub fn make_store(dir: &Path, key: &SigningKey, count: u64) -> ChainId {
                 stored: pack.file_len,
             },
             top,
+            stands_for: None,
             tool: tool(),
             key: key.public().id(),
         };

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use slipway::metrics::Metrics;
-use slipway::snapshot::Snapshots;
 use slipway::snapshot::proto::Kind;
+use slipway::snapshot::{COMPACT_CHAIN, Snapshots};
 use tonic::Code;
 
 use crate::client::{Server, option, target_label};
@@ -67,6 +67,39 @@ async fn an_unknown_chain_is_a_plain_pull() {
     for label in ["", "sha256:12", "no digest at all"] {
         assert!(server.client.pull(label, "", label).await.is_ok(), "{label:?} names no chain");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compact_images_layer_is_never_unpacked() {
+    let (server, dir) = Server::new().await;
+    let source = chain(9).oci();
+    let labels = |target: &[(String, String)]| -> HashMap<String, String> {
+        [(COMPACT_CHAIN.to_owned(), source.clone())].into_iter().chain(target.iter().cloned()).collect()
+    };
+    let target: Vec<_> = target_label(&chain(1).oci()).into_iter().collect();
+    for labels in [labels(&target), labels(&[])] {
+        let status = server.client.prepare_raw("extract", "", labels).await.expect_err("a pull that fails");
+        assert_eq!(status.code(), Code::Unavailable);
+        for part in ["compact image", "holds no files", &source, "convert the image again", "portable"] {
+            assert!(status.message().contains(part), "{part:?} is not in {:?}", status.message());
+        }
+    }
+    assert_eq!(server.client.list(&[]).await.len(), 0, "a refusal leaves nothing");
+    assert_eq!(server.metrics.chains_missed.get(), 1);
+    // What the label says is nothing to go by: the chain it names is not even asked for.
+    know(&server, dir.path(), [9]);
+    assert_eq!(server.client.prepare_raw("extract", "", labels(&target)).await.map_err(|status| status.code()), Err(Code::Unavailable));
+    assert!(!server.trees.calls().contains(&Call::Known(chain(9))));
+    know(&server, dir.path(), [1]);
+    assert_eq!(server.client.prepare_raw("extract", "", labels(&target)).await.map_err(|status| status.code()), Err(Code::AlreadyExists));
+    let top = server.client.target("", &chain(1).oci()).await.expect("found");
+    let tree = dir.path().join("tree1").display().to_string();
+    let mounts = server.client.prepare("c1", &top).await.expect("mounts");
+    assert_eq!(option(&mounts, "lowerdir"), Some(tree.as_str()), "and so is what is mounted");
+    // Whatever somebody writes there cannot break a line of a log.
+    let odd = HashMap::from([(COMPACT_CHAIN.to_owned(), format!("\u{1b}[2J\n{}", "x".repeat(5000)))]);
+    let status = server.client.prepare_raw("extract", "", odd).await.expect_err("a pull that fails");
+    assert!(status.message().len() < 500 && !status.message().contains(char::is_control), "{:?}", status.message());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::thread::available_parallelism;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use erofs_convert::convert::target::TargetKind;
 use erofs_convert::export::Target;
 use slipway::oci::access::{CONTAINERD_CERTS, DOCKER_CERTS};
 use slipway::oci::{Access, Logins, Platform};
@@ -126,10 +127,13 @@ pub struct Convert {
     /// Convert every Linux platform of an image for several; with --json the result is an array
     #[arg(long, conflicts_with = "platform")]
     pub all_platforms: bool,
-    /// Push the image under this name too when it is converted: the source's configuration and layers, which run anywhere, in a manifest
-    /// that says what it was made from. Layers in the same registry are taken over, others copied
+    /// Push the image under this name too when it is converted, with a manifest that says what it was made from. Layers in the same registry
+    /// are taken over, others copied
     #[arg(long, value_name = "REFERENCE", conflicts_with = "all_platforms")]
     pub target: Option<String>,
+    /// What the target holds
+    #[arg(long, value_name = "KIND", default_value = "portable", requires = "target")]
+    pub target_kind: Kind,
     /// Directory for the journal and the key [default: /var/lib/slipway-convert for root, else below ~/.local/state]
     #[arg(long, value_name = "DIR", env = "SLIPWAY_CONVERT_STATE")]
     pub state: Option<PathBuf>,
@@ -141,6 +145,24 @@ pub struct Convert {
     pub jobs: Option<std::num::NonZero<usize>>,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// What a target holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// The source's layers: runs anywhere, lazily where the source does
+    Portable,
+    /// No data: a manifest of a few kilobytes and the image's metadata. Runs only on nodes that have the store
+    Compact,
+}
+
+impl From<Kind> for TargetKind {
+    fn from(kind: Kind) -> TargetKind {
+        match kind {
+            Kind::Portable => TargetKind::Portable,
+            Kind::Compact => TargetKind::Compact,
+        }
+    }
 }
 
 /// Where an image comes from.
@@ -280,6 +302,7 @@ mod tests {
             "erofs-convert convert debian:12 --store /s --platform linux/arm64 --plain-http --json -j 3 --state /t --key /k",
             "erofs-convert convert debian:12 --store /s --all-platforms --ca /a --ca /b --hosts-dir /h",
             "erofs-convert convert debian:12 --store /s --target example.com/debian:12-acc",
+            "erofs-convert convert debian:12 --store /s --target example.com/debian:12-acc --target-kind compact",
             "erofs-convert ls --store /s --json",
             "erofs-convert ls --store /s -o text -q",
             "erofs-convert --progress json show debian:12 --store /s --output json",
@@ -297,6 +320,8 @@ mod tests {
             "erofs-convert convert --store /s",
             "erofs-convert convert a --store /s --all-platforms --platform linux/arm64",
             "erofs-convert convert a --store /s --all-platforms --target b",
+            "erofs-convert convert a --store /s --target b --target-kind small",
+            "erofs-convert convert a --store /s --target-kind compact",
             "erofs-convert convert a --store /s -j 0",
             "erofs-convert ls --store /s x",
             "erofs-convert ls --store /s -o yaml",

@@ -56,6 +56,14 @@ pub enum Failure {
         /// The image.
         image: String,
     },
+    /// The image is one that a conversion made.
+    #[error("{image} has the layer of a compact image: it holds no files, only the metadata of others; convert {made_from}")]
+    Compact {
+        /// The image.
+        image: String,
+        /// What to convert instead.
+        made_from: String,
+    },
     /// Layers do not fit together.
     #[error("the layers up to chain {chain} do not fit together; build the image again")]
     Fold {

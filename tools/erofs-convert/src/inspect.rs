@@ -4,7 +4,7 @@ use erofs::digest::Digest;
 use erofs::image::{self, Image};
 use erofs::meta::PackRef;
 use serde_json::{Value, json};
-use slipway::oci::{Access, Sha256, Source};
+use slipway::oci::{Access, ChainId, Sha256, Source};
 use slipway::store::{ImageRoot, Name, Store};
 
 use crate::failure::Failure;
@@ -84,6 +84,7 @@ fn root_json(image: &ImageRoot) -> Value {
         "metadata": image.metadata.to_string(),
         "layers": layers.collect::<Vec<_>>(),
         "sizes": image.sizes,
+        "compact": image.compact.iter().map(ChainId::oci).collect::<Vec<_>>(),
     })
 }
 
@@ -109,12 +110,13 @@ pub fn show(store: &Store, name: &str) -> Result<Shown, Failure> {
 pub fn show_text(shown: &Shown) -> String {
     let root = &shown.root;
     let mut text = format!(
-        "image     {}\n{}platform  {}\nmanifest  {}\nchain     {}\nmetadata  {} ({})\ncontent   {} in {} inodes\nstored    {}\n\n",
+        "image     {}\n{}platform  {}\nmanifest  {}\nchain     {}\n{}metadata  {} ({})\ncontent   {} in {} inodes\nstored    {}\n\n",
         printable(&root.source),
         root.target.iter().map(|target| format!("target    {}\n", printable(target))).collect::<String>(),
         printable(&root.platform),
         root.manifest.oci(),
         root.chain.oci(),
+        root.compact.iter().map(|chain| format!("compact   {}\n", chain.oci())).collect::<String>(),
         root.metadata,
         bytes(root.sizes.metadata),
         bytes(root.sizes.content),
@@ -198,6 +200,7 @@ mod tests {
             metadata: Digest::of(b""),
             layers: Vec::new(),
             sizes: Default::default(),
+            compact: Vec::new(),
         };
         for (text, lines) in [(list_text(std::slice::from_ref(&image)), 2), (show_text(&Shown { root: image, packs: Vec::new() }), 11)] {
             assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");

@@ -81,7 +81,8 @@ fn run(command: Command, runtime: &tokio::runtime::Handle, progress: &Progress) 
             let source = Source::parse(&args.source.source, &args.source.access())?;
             let (name, platform) = (source.name(), args.source.platform.clone().unwrap_or_else(Platform::host));
             let (state, key, jobs) = (args.state_dir(), args.key_file(), args.jobs());
-            let target = args.target.as_deref().map(|text| TargetOptions::parse(text, &args.source.access(), &source)).transpose()?;
+            let target =
+                args.target.as_deref().map(|text| TargetOptions::parse(text, args.target_kind.into(), &args.source.access(), &source)).transpose()?;
             let options = Options { source, platform, store: args.store.store, state, key, jobs, target };
             if args.all_platforms {
                 let done = convert::convert_all(&context, &options)?;

@@ -6,9 +6,9 @@ mod ground;
 
 use std::fs;
 
-use ground::{Ground, everything};
+use ground::{Ground, everything, everything_layers, files_below};
 use serde_json::{Value, json};
-use testbed::{Guard, PASSWORD, Registry, USER, need, require};
+use testbed::{Compression, Guard, Image, PASSWORD, Registry, USER, need, require};
 
 fn convert(ground: &Ground, source: &str, target: &str) -> Value {
     let run = ground.run(&["convert", source, "--target", target, "--json"]);
@@ -58,6 +58,62 @@ fn within_a_registry_no_layer_is_sent_and_beyond_it_each_once() {
     ground.run(&["convert", &source, "--target", &source]).assert_failed(2, &[&source, "another tag"]);
     let from_layout = convert(&ground, "oci:img:1", &other.reference("laid/out:acc"));
     assert_eq!(counts(&from_layout), [0, 0, 4]);
+}
+
+#[test]
+fn a_compact_target_is_a_few_kilobytes_and_the_same_every_time() {
+    require!(need::command("docker-registry"), need::command("skopeo"));
+    let ground = Ground::new("compact");
+    let registry = Registry::start(&ground.scratch.join("registry")).unwrap();
+    let built = ground.layout.add("1", &everything()).unwrap();
+    let (source, target) = (registry.reference("team/app:1"), registry.reference("small/app:1"));
+    ground.layout.push("1", &source).unwrap();
+    let compact = |target: &str| {
+        let run = ground.run(&["convert", &source, "--target", target, "--target-kind", "compact", "--json"]);
+        assert_eq!(run.code, 0, "{}", run.err);
+        run.json()
+    };
+    let first = compact(&target);
+    assert_eq!((counts(&first), &first["target"]["kind"]), ([0, 0, 2], &json!("compact")));
+    let records = || files_below(&ground.store().join("chains"));
+    let before = records();
+    let again = compact(&target);
+    assert_eq!((counts(&again), &again["target"]["digest"]), ([2, 0, 0], &first["target"]["digest"]));
+    assert_eq!(records(), before);
+    let other = Registry::start(&ground.scratch.join("other")).unwrap();
+    assert_eq!(compact(&other.reference("x:y"))["target"]["digest"], first["target"]["digest"]);
+
+    // Another tool takes it, and what it says leads back to the source.
+    let inspect = |what: &[&str]| -> Value {
+        let name = format!("docker://{target}");
+        let args = [&["--insecure-policy", "inspect", "--tls-verify=false", "--raw"][..], what, &[&name]].concat();
+        serde_json::from_str(&testbed::run("skopeo", args).unwrap()).unwrap()
+    };
+    let (manifest, config) = (inspect(&[]), inspect(&["--config"]));
+    let layers = manifest["layers"].as_array().unwrap();
+    let size = manifest["config"]["size"].as_u64().unwrap() + layers[0]["size"].as_u64().unwrap();
+    assert_eq!((layers.len(), size), (1, first["target"]["sentBytes"].as_u64().unwrap()));
+    assert!(size < 64 << 10, "{size} bytes");
+    assert_eq!(manifest["subject"]["digest"], json!(built.manifest.digest));
+    assert_eq!(layers[0]["annotations"]["containerd.io/snapshot/slipway.chain"], json!(built.top_chain()));
+    assert_eq!((&config["config"]["Cmd"], &config["rootfs"]["diff_ids"]), (&json!(["/bin/sh"]), &ground.list_json()["images"][0]["compact"]));
+    let copy = format!("oci:{}", ground.scratch.join("copy").display());
+    testbed::run("skopeo", ["--insecure-policy", "copy", "--quiet", "--src-tls-verify=false", &format!("docker://{target}"), &copy]).unwrap();
+
+    // There is nothing in it to convert, whatever is done to what it says of itself.
+    ground.run(&["convert", &target]).assert_failed(1, &[&target, "compact", "holds no files", &format!("team/app@{}", built.manifest.digest)]);
+    ground.run(&["check", &source, &target]).assert_failed(1, &["compact"]);
+    let blob = ground.scratch.join("copy/blobs/sha256").join(layers[0]["digest"].as_str().unwrap().trim_start_matches("sha256:"));
+    let diff_id = config["rootfs"]["diff_ids"][0].as_str().unwrap().to_owned();
+    let unlabelled = Image::new().layer_file(&blob, Compression::Gzip, &diff_id).layer(&everything_layers()[1], Compression::Gzip);
+    ground.layout.add("unlabelled", &unlabelled).unwrap();
+    ground.run(&["convert", "oci:img:unlabelled"]).assert_failed(1, &["img:unlabelled", "compact", "convert the image it was made from"]);
+    assert_eq!(records(), before, "nodes never have to choose");
+
+    // The root goes on naming the record's chain when the image is converted without a target.
+    ground.convert(&source);
+    assert_eq!(ground.list_json()["images"][0]["compact"], json!([diff_id]));
+    assert!(ground.run(&["show", &source]).out.contains(&format!("compact   {diff_id}\n")));
 }
 
 #[test]

@@ -25,7 +25,7 @@ use data::DataReader;
 use model::Model;
 use mounted::Mounted;
 
-use crate::convert::{Context, layer_failure};
+use crate::convert::{Context, compact, layer_failure};
 use crate::failure::Failure;
 use crate::layer::ConvertError;
 use crate::pack_file::PackFile;
@@ -48,6 +48,7 @@ pub fn check(
     mounted: Option<&Path>,
 ) -> Result<Differences, Failure> {
     let image = stop::wait(context.runtime, context.stop, source.resolve(platform))??;
+    compact::refuse(&image)?;
     let mut differences = Differences::default();
     if image.manifest_digest != root.manifest {
         let what = format!("the source's manifest is {}, the image was made from {}", image.manifest_digest.oci(), root.manifest.oci());

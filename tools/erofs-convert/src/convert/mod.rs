@@ -4,6 +4,7 @@
 //! image, then signed records from the lowest chain to the top, and the image root last. A conversion that stops anywhere leaves
 //! whole files that no record names, which the next run finds through the journal.
 
+pub(crate) mod compact;
 mod layer_job;
 mod publish;
 pub mod report;
@@ -30,9 +31,10 @@ use crate::parallel::in_parallel;
 use crate::progress::Progress;
 use crate::stop;
 
+use compact::CompactLayer;
 use layer_job::LayerJob;
 pub(crate) use layer_job::layer_failure;
-use target::{PushedTarget, TargetOptions};
+use target::{PushedTarget, TargetKind, TargetOptions};
 
 /// What to convert and where to.
 #[derive(Clone, Debug)]
@@ -138,6 +140,7 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
     if image.layers.is_empty() {
         return Err(Failure::NoLayers { image: image.name });
     }
+    compact::refuse(&image)?;
     context.progress.say(&format!("{} ({}): {} layers", image.name, image.platform, image.layers.len()));
     make_state_dir(&options.state)?;
     let key = SigningKey::load_or_create(&options.key)?;
@@ -156,11 +159,21 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
     let job = LayerJob { context, source: &options.source, image: &image, store: &store, journal: &journal, leftovers: &leftovers, stop: &stop };
     let done = in_parallel(options.jobs, todo, &stop, |(number, layer)| Ok((layer.diff_id, job.run(number, layer)?)))?;
     finished.extend(done);
-    let (mut root, packs, reused) = publish::publish(context, options.jobs, &store, &key, &image, &finished)?;
+    compact::refuse_layers(&image, finished.values().map(|layer| &layer.tree))?;
+    let (mut root, top, packs, reused) = publish::publish(context, options.jobs, &store, &key, &image, &finished)?;
     // Last, so that a push that fails leaves the image converted.
     let mut target = None;
     if let Some(options_of_it) = &options.target {
-        let pushed = target::push(context, options_of_it, &options.source, &image)?;
+        let compact = match options_of_it.kind {
+            TargetKind::Compact => Some(CompactLayer::publish(&store, &key, &top)?),
+            TargetKind::Portable => None,
+        };
+        // Nodes may ask for its chain as soon as it is pushed.
+        if let Some(chain) = compact.as_ref().map(CompactLayer::chain).filter(|chain| !root.compact.contains(chain)) {
+            root.compact.push(chain);
+            store.put_image(&root)?;
+        }
+        let pushed = target::push(context, options_of_it, &options.source, &image, compact.as_ref())?;
         root.target = Some(pushed.reference.clone());
         store.put_image(&root)?;
         target = Some(pushed);

@@ -18,9 +18,10 @@ use crate::parallel::in_parallel;
 /// Each fold holds a whole tree and its metadata image, some hundred MB for the largest images.
 const FOLDS_AT_ONCE: usize = 4;
 
-type Outcome = (ImageRoot, Vec<(Digest, u64)>, Vec<bool>);
+type Outcome = (ImageRoot, Payload, Vec<(Digest, u64)>, Vec<bool>);
 
-/// Publishes an image all of whose layers are `finished`. Gives the root, the packs with their lengths, and which layers were reused.
+/// Publishes an image all of whose layers are `finished`. Gives the root, the record of the whole image, the packs with their lengths, and
+/// which layers were reused.
 pub(super) fn publish(
     context: &Context<'_>,
     jobs: usize,
@@ -67,12 +68,15 @@ pub(super) fn publish(
             .map(|(layer, tree)| RootLayer { blob: layer.digest, size: layer.size, diff_id: layer.diff_id, tree: *tree })
             .collect(),
         sizes: top.sizes,
+        compact: Vec::new(),
     };
-    // A target that was pushed before is still there.
-    root.target = store.earlier_image(&root)?.and_then(|earlier| earlier.target);
+    // Targets that were pushed before are still there.
+    if let Some(earlier) = store.earlier_image(&root)? {
+        (root.target, root.compact) = (earlier.target, earlier.compact);
+    }
     store.put_image(&root)?;
     let packs = top.packs.iter().map(|pack| Ok((pack.digest, reuse::pack_len(store, pack.digest)?))).collect::<Result<_, Failure>>()?;
-    Ok((root, packs, layers.iter().map(|layer| layer.reused).collect()))
+    Ok((root, top.clone(), packs, layers.iter().map(|layer| layer.reused).collect()))
 }
 
 /// The lowest layers of an image, folded.
@@ -112,6 +116,7 @@ impl Prefix {
             packs: tree.packs.clone(),
             sizes,
             top,
+            stands_for: None,
             tool: record::tool(),
             key: key.public().id(),
         };

@@ -15,7 +15,8 @@ pub fn text(done: &Converted) -> String {
     let reused = done.reused.iter().filter(|&&reused| reused).count();
     let target = done.target.iter().map(|target| {
         let sent: u64 = target.blobs.iter().filter(|(how, _)| *how == Pushed::Sent).map(|(_, size)| size).sum();
-        format!("  target    {}@{} ({} sent)\n", printable(&target.reference), target.digest.oci(), bytes(sent))
+        let kind = target.kind.word();
+        format!("  target    {}@{} ({kind}, {} sent)\n", printable(&target.reference), target.digest.oci(), bytes(sent))
     });
     let target: String = target.collect();
     format!(
@@ -61,6 +62,7 @@ fn target_json(target: &PushedTarget) -> Value {
     let sent: u64 = target.blobs.iter().filter(|(how, _)| *how == Pushed::Sent).map(|(_, size)| size).sum();
     json!({
         "reference": target.reference,
+        "kind": target.kind.word(),
         "digest": target.digest.oci(),
         "present": count(Pushed::Present),
         "mounted": count(Pushed::Mounted),

@@ -1,8 +1,8 @@
 //! The image that is pushed after a conversion, for those who want a name of its own for what starts lazily.
 //!
-//! It has the source's configuration and layers, so it runs anywhere, and its chains are the source's, so it starts lazily where the source
-//! does. Its manifest says which image it was made from, which also gives it a digest of its own: deleting one by digest leaves the other.
-//! Documents are written with sorted keys and depend on the source only.
+//! A portable one has the source's configuration and layers, so it runs anywhere, and its chains are the source's, so it starts lazily where
+//! the source does. A compact one (`compact.rs`) has no data. Either's manifest says which image it was made from, which also gives it a digest of its
+//! own: deleting one by digest leaves the other. Documents are written with sorted keys and depend on the source only.
 
 use std::time::Instant;
 
@@ -11,13 +11,20 @@ use slipway::oci::push::{Content, Pushed};
 use slipway::oci::{Access, OciError, Reference, Sha256, Source, SourceImage, SourceLayer, Target};
 
 use super::Context;
+use super::compact::CompactLayer;
 use crate::failure::Failure;
 use crate::progress::bytes;
 use crate::stop;
 
-const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 /// Annotation of a target's manifest: the image it was made from, as `repository@digest`, or the digest alone of one from no registry.
-const SOURCE: &str = "containerd.io/snapshot/slipway.source";
+pub(super) const SOURCE: &str = "containerd.io/snapshot/slipway.source";
+
+/// The documents of a target.
+pub(super) struct Documents {
+    pub config: Vec<u8>,
+    pub manifest: Vec<u8>,
+}
 
 /// Where a target goes.
 #[derive(Clone, Debug)]
@@ -26,6 +33,28 @@ pub struct TargetOptions {
     pub reference: Reference,
     /// How its registry is reached.
     pub access: Access,
+    /// What is in it.
+    pub kind: TargetKind,
+}
+
+/// The kinds of target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TargetKind {
+    /// All layers of the source: it runs anywhere.
+    #[default]
+    Portable,
+    /// No data: it runs only on nodes that have the store.
+    Compact,
+}
+
+impl TargetKind {
+    /// In a word, for messages.
+    pub fn word(self) -> &'static str {
+        match self {
+            TargetKind::Portable => "portable",
+            TargetKind::Compact => "compact",
+        }
+    }
 }
 
 /// A target that was pushed.
@@ -33,6 +62,8 @@ pub struct TargetOptions {
 pub struct PushedTarget {
     /// Its name.
     pub reference: String,
+    /// What is in it.
+    pub kind: TargetKind,
     /// Digest of its manifest.
     pub digest: Sha256,
     /// How each blob came there, with its length: layers from the lowest, the configuration last.
@@ -41,7 +72,7 @@ pub struct PushedTarget {
 
 impl TargetOptions {
     /// A target called `text` for an image of `source`; it must not be the source itself.
-    pub fn parse(text: &str, access: &Access, source: &Source) -> Result<TargetOptions, Failure> {
+    pub fn parse(text: &str, kind: TargetKind, access: &Access, source: &Source) -> Result<TargetOptions, Failure> {
         let reference: Reference = text.strip_prefix("docker://").unwrap_or(text).parse()?;
         let bad = |reason: &str| OciError::BadReference { text: text.to_owned(), reason: reason.to_owned() };
         if reference.digest().is_some() {
@@ -53,15 +84,25 @@ impl TargetOptions {
                 return Err(bad("that is the source, which the target would replace; give it another tag or repository").into());
             }
         }
-        Ok(TargetOptions { reference, access: access.clone() })
+        Ok(TargetOptions { reference, access: access.clone(), kind })
     }
 }
 
-/// Pushes the target of a converted image.
-pub(super) fn push(context: &Context<'_>, options: &TargetOptions, source: &Source, image: &SourceImage) -> Result<PushedTarget, Failure> {
+/// Pushes the target of a converted image: with this layer, or with those of the source.
+pub(super) fn push(
+    context: &Context<'_>,
+    options: &TargetOptions,
+    source: &Source,
+    image: &SourceImage,
+    compact: Option<&CompactLayer>,
+) -> Result<PushedTarget, Failure> {
     let target = Target::new(options.reference.clone(), &options.access, source)?;
     let failed = |error: OciError| Failure::Push { image: image.name.clone(), target: options.reference.to_string(), source: Box::new(error) };
-    let manifest = portable(source, image).map_err(failed)?;
+    let (documents, layers) = match compact {
+        Some(layer) => (layer.documents(source, image), vec![(layer.digest, layer.blob.len() as u64, Content::Bytes(&layer.blob))]),
+        None => (portable(source, image), image.layers.iter().map(|layer| (layer.digest, layer.size, Content::Layer(source, layer))).collect()),
+    };
+    let Documents { config, manifest } = documents.map_err(failed)?;
     let mut blobs = Vec::new();
     let mut send = |title: String, digest, size, content| {
         let started = Instant::now();
@@ -75,26 +116,44 @@ pub(super) fn push(context: &Context<'_>, options: &TargetOptions, source: &Sour
         blobs.push((pushed, size));
         Ok::<(), Failure>(())
     };
-    for (i, layer) in image.layers.iter().enumerate() {
-        send(format!("pushing layer {}/{}", i + 1, image.layers.len()), layer.digest, layer.size, Content::Layer(source, layer))?;
+    let count = layers.len();
+    for (i, (digest, size, content)) in layers.into_iter().enumerate() {
+        send(format!("pushing layer {}/{count}", i + 1), digest, size, content)?;
     }
-    let config = &image.config_bytes;
-    send("pushing the configuration".to_owned(), Sha256::of(config), config.len() as u64, Content::Bytes(config))?;
+    send("pushing the configuration".to_owned(), Sha256::of(&config), config.len() as u64, Content::Bytes(&config))?;
     let digest = stop::wait(context.runtime, context.stop, target.push_manifest(OCI_MANIFEST, &manifest))?.map_err(failed)?;
-    Ok(PushedTarget { reference: options.reference.to_string(), digest, blobs })
+    Ok(PushedTarget { reference: options.reference.to_string(), kind: options.kind, digest, blobs })
 }
 
-/// The manifest of a target that runs anywhere.
-fn portable(source: &Source, image: &SourceImage) -> Result<Vec<u8>, OciError> {
+/// The source's manifest, as JSON.
+pub(super) fn original(image: &SourceImage) -> Result<Value, OciError> {
     let malformed = |reason: String| OciError::Malformed { what: format!("the manifest of {}", image.name), reason };
-    let original: Value = serde_json::from_slice(&image.manifest_bytes).map_err(|e| malformed(e.to_string()))?;
-    let mut annotations = annotations_of(&original);
-    let digest = image.manifest_digest.oci();
-    let made_from = match source {
-        Source::Registry(registry) => format!("{}/{}@{digest}", registry.reference().domain(), registry.reference().path()),
-        _ => digest,
-    };
-    annotations.insert(SOURCE.to_owned(), made_from.into());
+    serde_json::from_slice(&image.manifest_bytes).map_err(|e| malformed(e.to_string()))
+}
+
+/// What a target says it was made from.
+pub(super) fn made_from(source: &Source, digest: Sha256) -> String {
+    match source {
+        Source::Registry(registry) => format!("{}/{}@{}", registry.reference().domain(), registry.reference().path(), digest.oci()),
+        _ => digest.oci(),
+    }
+}
+
+/// A target's manifest: with the annotations of the source's, and what it was made from.
+pub(super) fn manifest(source: &Source, image: &SourceImage, original: &Value, config: &[u8], layers: Vec<Value>) -> Value {
+    let mut annotations = annotations_of(original);
+    annotations.insert(SOURCE.to_owned(), made_from(source, image.manifest_digest).into());
+    let config = json!({
+        "mediaType": "application/vnd.oci.image.config.v1+json",
+        "digest": Sha256::of(config).oci(),
+        "size": config.len(),
+    });
+    json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers, "annotations": annotations})
+}
+
+/// The documents of a target that runs anywhere.
+fn portable(source: &Source, image: &SourceImage) -> Result<Documents, OciError> {
+    let original = original(image)?;
     let layers: Vec<Value> = image
         .layers
         .iter()
@@ -108,13 +167,8 @@ fn portable(source: &Source, image: &SourceImage) -> Result<Vec<u8>, OciError> {
             descriptor
         })
         .collect();
-    let config = json!({
-        "mediaType": "application/vnd.oci.image.config.v1+json",
-        "digest": Sha256::of(&image.config_bytes).oci(),
-        "size": image.config_bytes.len(),
-    });
-    let manifest = json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers, "annotations": annotations});
-    Ok(manifest.to_string().into_bytes())
+    let manifest = manifest(source, image, &original, &image.config_bytes, layers);
+    Ok(Documents { config: image.config_bytes.clone(), manifest: manifest.to_string().into_bytes() })
 }
 
 fn annotations_of(document: &Value) -> Map<String, Value> {
@@ -162,7 +216,7 @@ mod tests {
     fn a_manifest_depends_on_the_source_alone() {
         let original = json!({"layers": [{"annotations": {"z": "1", "a": "2"}}], "annotations": {"org.opencontainers.image.title": "t", "b": "3"}});
         let image = image(&original, "application/vnd.docker.image.rootfs.diff.tar.gzip");
-        let manifest = portable(&source("example.com/team/app:1"), &image).unwrap();
+        let manifest = portable(&source("example.com/team/app:1"), &image).unwrap().manifest;
         let expected = format!(
             "{{\"annotations\":{{\"b\":\"3\",\"containerd.io/snapshot/slipway.source\":\"example.com/team/app@{}\",\
              \"org.opencontainers.image.title\":\"t\"}},\"config\":{{\"digest\":\"{}\",\"mediaType\":\"application/vnd.oci.image.config.v1+json\",\
@@ -174,8 +228,8 @@ mod tests {
             Sha256::of(b"layer").oci(),
         );
         assert_eq!(String::from_utf8(manifest.clone()).unwrap(), expected);
-        assert_eq!(portable(&source("example.com/team/app:other-tag"), &image).unwrap(), manifest, "a tag of the source does not matter");
-        let from_layout = portable(&source("oci:/some/dir:1"), &image).unwrap();
+        assert_eq!(portable(&source("example.com/team/app:other-tag"), &image).unwrap().manifest, manifest, "a tag of the source does not matter");
+        let from_layout = portable(&source("oci:/some/dir:1"), &image).unwrap().manifest;
         assert!(!String::from_utf8(from_layout).unwrap().contains("/some/dir"), "a machine's paths stay on it");
     }
 
@@ -193,7 +247,9 @@ mod tests {
 
     #[test]
     fn a_target_is_another_tag() {
-        let parse = |text: &str, from: &str| TargetOptions::parse(text, &Access::default(), &source(from)).map(|t| t.reference.to_string());
+        let parse = |text: &str, from: &str| {
+            TargetOptions::parse(text, TargetKind::Portable, &Access::default(), &source(from)).map(|t| t.reference.to_string())
+        };
         assert_eq!(parse("docker://example.com/app:acc", "example.com/app:1").unwrap(), "example.com/app:acc");
         assert_eq!(parse("debian", "example.com/debian").unwrap(), "docker.io/library/debian:latest");
         for (text, part) in [("example.com/app", "replace"), (&*format!("example.com/app:x@{}", Sha256::of(b"").oci()), "under a tag")] {

@@ -4,7 +4,7 @@
 //! their diff IDs are their own: those in the image's configuration, not those of the source. Nothing is unpacked; every unit is verified
 //! as it is read.
 
-mod tar;
+pub(crate) mod tar;
 
 use std::fs::{self, File};
 use std::io::{self, Write};

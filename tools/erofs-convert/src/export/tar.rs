@@ -70,6 +70,15 @@ pub fn write<W: Write, E: From<io::Error>>(
     Ok(())
 }
 
+/// Writes an archive that holds one regular file.
+pub fn file(out: &mut impl Write, path: &[u8], attr: &Attr, bytes: &[u8]) -> io::Result<()> {
+    let size = bytes.len() as u64;
+    member(out, path, b'0', attr, b"", size, (0, 0))?;
+    out.write_all(bytes)?;
+    pad(out, size)?;
+    out.write_all(&[0; 2 * BLOCK])
+}
+
 type Node<'a> = (&'a Entry, &'a Attr, &'a Content);
 
 /// An order in which packing gives every byte the place it has: the whole chunks, and apart from them the files' tails, are in the order

@@ -83,11 +83,16 @@ impl Ground {
         run.json()
     }
 
-    /// The images `ls` shows.
-    pub fn listed(&self) -> Vec<String> {
+    /// What `ls --json` prints.
+    pub fn list_json(&self) -> Value {
         let run = self.run(&["ls", "--json"]);
         assert_eq!(run.code, 0, "{}", run.err);
-        let images = run.json()["images"].as_array().expect("a list").clone();
+        run.json()
+    }
+
+    /// The images `ls` shows.
+    pub fn listed(&self) -> Vec<String> {
+        let images = self.list_json()["images"].as_array().expect("a list").clone();
         images.iter().map(|image| image["source"].as_str().expect("a name").to_owned()).collect()
     }
 
