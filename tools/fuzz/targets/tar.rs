@@ -1,5 +1,5 @@
 //! Tar streams: any bytes are converted or refused without panic, and what converts obeys every rule up to the metadata image: it encodes,
-//! decodes, folds, passes the gate, and comes back from the image.
+//! decodes, folds, passes the gate, and comes back from the image; and framing and packs give back the bytes that converted.
 //!
 //! Half of the inputs are edits of archives that have something of everything, the others are taken as they are. Checksums are made right
 //! in both, so that the fuzzer need not guess them.
@@ -20,7 +20,7 @@ use tar_core::{EntryBuilder, EntryType};
 #[path = "../../erofs-convert/src/layer/mod.rs"]
 mod layer;
 
-use layer::{Budget, LayerOptions, MemorySink, convert_layer};
+use layer::{Budget, LayerOptions, MemorySink, convert_layer_framed};
 
 const BLOCK: usize = 512;
 
@@ -93,7 +93,10 @@ fn fix_checksums(tar: &mut [u8]) {
 fn convert(mut tar: Vec<u8>) -> Option<LayerTree> {
     fix_checksums(&mut tar);
     let options = LayerOptions { unit_bits: UnitBits::MIN, threads: 1, budget: BUDGET };
-    let tree = convert_layer(&tar[..], &mut MemorySink::default(), &options).ok()?;
+    let mut sink = MemorySink::default();
+    let layer = convert_layer_framed(&tar[..], &mut sink, Vec::new(), &options).ok()?;
+    let (tree, framing) = (layer.tree, layer.framing.finish(&layer.places).expect("a Vec takes everything"));
+    assert!(sink.tar(&framing) == tar, "the archive does not come back");
     assert!(LayerTree::decode(&tree.encode()).as_ref() == Ok(&tree), "a layer tree changes when encoded");
     Some(tree)
 }

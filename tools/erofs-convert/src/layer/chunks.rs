@@ -1,10 +1,11 @@
 //! File data to chunks: cut, compared with zeros and with what the layer already has, placed into units.
 
 use std::collections::HashMap;
-use std::io::Read;
+use std::io::{Read, Write};
 
 use erofs::block::{BLOCK_SIZE, UnitBits};
 use erofs::digest::Digest;
+use erofs::framing::Place;
 use erofs::meta::{Chunk, Data};
 use erofs::pack::{MAX_PACK_BYTES, PlacedUnit, Placer};
 
@@ -59,11 +60,20 @@ impl<'f> Chunker<'f> {
     }
 
     /// Takes the data of a regular file, all of what the archive has for it.
-    pub fn file(&mut self, archive: &mut Archive<impl Read>, size: u64, sparse: Option<&[tar_core::SparseEntry]>) -> Result<FileData, ConvertError> {
-        let mut regions = Regions { map: sparse, next: 0 };
+    pub fn file(
+        &mut self,
+        archive: &mut Archive<impl Read, impl Write>,
+        size: u64,
+        sparse: Option<&[tar_core::SparseEntry]>,
+    ) -> Result<FileData, ConvertError> {
+        let mut regions = Regions { map: sparse, next: 0, raw: size <= INLINE_LIMIT };
         if size <= INLINE_LIMIT {
             let bytes = regions.read(archive, 0, size as usize)?;
             return Ok(FileData::Inline(bytes.unwrap_or_else(|| vec![0; size as usize])));
+        }
+        let ranges = regions.ranges(size);
+        if !ranges.is_empty() {
+            archive.file(&ranges)?;
         }
         let unit = self.unit_bits.bytes();
         let mut ids = Vec::with_capacity(size.div_ceil(unit) as usize);
@@ -71,7 +81,11 @@ impl<'f> Chunker<'f> {
         while at < size {
             let len = unit.min(size - at);
             ids.push(match regions.read(archive, at, len as usize)? {
-                Some(bytes) => self.chunk(bytes)?,
+                Some(bytes) => {
+                    let id = self.chunk(bytes)?;
+                    archive.chunk((id != HOLE).then_some(id.0))?;
+                    id
+                }
                 None => HOLE,
             });
             at += len;
@@ -121,12 +135,12 @@ impl<'f> Chunker<'f> {
 }
 
 impl Places {
-    /// A file's data with its chunks in packs: every pack of the layer but the last is full.
+    /// A file's data with its chunks in packs.
     pub fn data(&self, data: FileData) -> Data {
-        let units_per_pack = (MAX_PACK_BYTES / self.unit_bits.bytes()) as u32;
         let chunk = |id: ChunkId| match self.places.get(id.0 as usize) {
-            Some(place) => {
-                Chunk::At { pack: place.unit / units_per_pack, block: place.unit % units_per_pack * self.unit_bits.blocks() + place.block }
+            Some(placed) => {
+                let Place { pack, block } = self.place(*placed);
+                Chunk::At { pack, block }
             }
             None => Chunk::Hole,
         };
@@ -135,20 +149,46 @@ impl Places {
             FileData::Chunked { size, ids } => Data::Chunked { size, unit_bits: self.unit_bits, chunks: ids.into_iter().map(chunk).collect() },
         }
     }
+
+    /// Where every chunk is, by its number, as a framing has it.
+    pub fn of_chunks(&self) -> Vec<Place> {
+        self.places.iter().map(|placed| self.place(*placed)).collect()
+    }
+
+    /// Every pack of the layer but the last is full.
+    fn place(&self, placed: Placed) -> Place {
+        let units_per_pack = (MAX_PACK_BYTES / self.unit_bits.bytes()) as u32;
+        Place { pack: placed.unit / units_per_pack, block: placed.unit % units_per_pack * self.unit_bits.blocks() + placed.block }
+    }
 }
 
 /// The data of a file, read front to back; of a sparse one the archive has only some regions.
 struct Regions<'a> {
     map: Option<&'a [tar_core::SparseEntry]>,
     next: usize,
+    /// The data goes to no pack, but as it is into the framing.
+    raw: bool,
 }
 
 impl Regions<'_> {
+    /// The regions as (first byte, length), without empty ones and such as touch.
+    fn ranges(&self, size: u64) -> Vec<(u64, u64)> {
+        let Some(map) = self.map else { return vec![(0, size)] };
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        for region in map.iter().filter(|region| region.length > 0) {
+            match ranges.last_mut() {
+                Some((start, len)) if *start + *len == region.offset => *len += region.length,
+                _ => ranges.push((region.offset, region.length)),
+            }
+        }
+        ranges
+    }
+
     /// The `len` bytes at `at`; `None` when no region touches them.
-    fn read(&mut self, archive: &mut Archive<impl Read>, at: u64, len: usize) -> Result<Option<Vec<u8>>, ConvertError> {
+    fn read(&mut self, archive: &mut Archive<impl Read, impl Write>, at: u64, len: usize) -> Result<Option<Vec<u8>>, ConvertError> {
         let Some(map) = self.map else {
             let mut bytes = vec![0; len];
-            archive.read(&mut bytes)?;
+            self.take(archive, &mut bytes)?;
             return Ok(Some(bytes));
         };
         let end = at + len as u64;
@@ -158,7 +198,7 @@ impl Regions<'_> {
             let (from, to) = (region.offset.max(at), region_end.min(end));
             if from < to {
                 let bytes = bytes.get_or_insert_with(|| vec![0; len]);
-                archive.read(&mut bytes[(from - at) as usize..(to - at) as usize])?;
+                self.take(archive, &mut bytes[(from - at) as usize..(to - at) as usize])?;
             }
             if region_end > end {
                 break;
@@ -166,6 +206,10 @@ impl Regions<'_> {
             self.next += 1;
         }
         Ok(bytes)
+    }
+
+    fn take(&self, archive: &mut Archive<impl Read, impl Write>, out: &mut [u8]) -> Result<(), ConvertError> {
+        if self.raw { archive.read_raw(out) } else { archive.read(out) }
     }
 }
 

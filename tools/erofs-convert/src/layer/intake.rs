@@ -1,8 +1,10 @@
-//! A tar stream as a sequence of entries and their data.
+//! A tar stream as a sequence of entries and their data; all but the data that goes to packs is written to the layer's framing.
 
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::time::{Duration, Instant};
 
+use erofs::block::UnitBits;
+use erofs::framing::{FramingWriter, MAX_RANGES};
 use tar_core::parse::{Limits, ParseEvent, Parser};
 use tar_core::{HEADER_SIZE, Header};
 
@@ -17,12 +19,11 @@ const READ_SIZE: usize = 128 << 10;
 /// attributes of the kernel's 64 KiB.
 const MAX_HEADERS: u32 = 1 << 20;
 
-/// Regions of one sparse file: a map of 1.6 MB in memory.
-const MAX_SPARSE_REGIONS: usize = 100_000;
-
 /// A tar stream being read, with a buffer of at least [`READ_SIZE`] and what one entry's headers need.
-pub(super) struct Archive<R> {
+pub(super) struct Archive<R, W: Write> {
     reader: R,
+    /// Gets everything that is read, but for [`Archive::read`].
+    framing: FramingWriter<W>,
     parser: Parser,
     buffer: Vec<u8>,
     /// What of the buffer is read from the stream and not used yet.
@@ -42,21 +43,22 @@ pub(super) struct Archive<R> {
     time: Duration,
 }
 
-impl<R: Read> Archive<R> {
-    pub fn new(reader: R, budget: &Budget) -> Archive<R> {
+impl<R: Read, W: Write> Archive<R, W> {
+    pub fn new(reader: R, framing: W, unit_bits: UnitBits, budget: &Budget) -> Result<Archive<R, W>, ConvertError> {
         let limits = Limits {
             max_metadata_size: MAX_HEADERS,
             // Paths are measured where they are put together.
             max_path_len: None,
             max_pending_entries: 16,
-            max_sparse_entries: MAX_SPARSE_REGIONS,
+            max_sparse_entries: MAX_RANGES,
         };
         let mut parser = Parser::new(limits);
         // Empty paths and odd PAX values have a meaning in Go; `header` gives them that or refuses them.
         parser.set_allow_empty_path(true);
         parser.set_ignore_pax_errors(true);
-        Archive {
+        Ok(Archive {
             reader,
+            framing: FramingWriter::new(framing, unit_bits).map_err(not_written)?,
             parser,
             buffer: vec![0; READ_SIZE],
             unread: 0..0,
@@ -69,7 +71,7 @@ impl<R: Read> Archive<R> {
             stream: budget.stream,
             start: Instant::now(),
             time: budget.time,
-        }
+        })
     }
 
     /// The next entry, skipping what was not taken of the one before. `None` at the end of the archive.
@@ -103,7 +105,7 @@ impl<R: Read> Archive<R> {
                 Ok(ParseEvent::SparseEntry { consumed, sparse_map, real_size, .. }) => (consumed, Some((sparse_map, real_size))),
                 // containerd ignores them (createTarFile, TypeXGlobalHeader).
                 Ok(ParseEvent::GlobalExtensions { consumed, .. }) => {
-                    self.advance(consumed);
+                    self.advance(consumed)?;
                     continue;
                 }
                 Ok(ParseEvent::End { .. }) => return Ok(None),
@@ -113,7 +115,7 @@ impl<R: Read> Archive<R> {
                 }
             };
             let found = member(&input[..consumed], sparse);
-            self.advance(consumed);
+            self.advance(consumed)?;
             let found = found.map_err(|refusal| self.refused(refusal))?;
             self.path.clone_from(&found.path);
             self.data_left = found.data_len;
@@ -122,13 +124,30 @@ impl<R: Read> Archive<R> {
         }
     }
 
+    /// Says which ranges of a file the data about to be read holds; [`Archive::chunk`] must follow for every chunk that they touch.
+    pub fn file(&mut self, ranges: &[(u64, u64)]) -> Result<(), ConvertError> {
+        self.framing.file(ranges).map_err(not_written)
+    }
+
+    /// Says which chunk the data read just now is in; `None`: it is zeros.
+    pub fn chunk(&mut self, id: Option<u32>) -> Result<(), ConvertError> {
+        self.framing.chunk(id).map_err(not_written)
+    }
+
+    /// Fills `out` as [`Archive::read`] does, for data that goes to no pack.
+    pub fn read_raw(&mut self, out: &mut [u8]) -> Result<(), ConvertError> {
+        self.read(out)?;
+        self.framing.raw(out).map_err(not_written)
+    }
+
     /// Fills `out` from the current entry's data, which has that much left.
     pub fn read(&mut self, out: &mut [u8]) -> Result<(), ConvertError> {
         debug_assert!(out.len() as u64 <= self.data_left);
         self.data_left -= out.len() as u64;
         let from_buffer = out.len().min(self.unread.len());
         out[..from_buffer].copy_from_slice(&self.buffer[self.unread.start..][..from_buffer]);
-        self.advance(from_buffer);
+        self.unread.start += from_buffer;
+        self.offset += from_buffer as u64;
         // What is not buffered yet goes straight to where it is wanted.
         let mut rest = &mut out[from_buffer..];
         while !rest.is_empty() {
@@ -146,12 +165,13 @@ impl<R: Read> Archive<R> {
         Ok(())
     }
 
-    /// Reads on to the end of the stream, whatever follows the archive: a reader that verifies a digest does so at its end.
-    pub fn drain(&mut self) -> Result<(), ConvertError> {
+    /// Reads on to the end of the stream, whatever follows the archive: a reader that verifies a digest does so at its end. Gives the framing, of which
+    /// only the places of the chunks are missing.
+    pub fn drain(mut self) -> Result<FramingWriter<W>, ConvertError> {
         loop {
-            self.advance(self.unread.len());
+            self.advance(self.unread.len())?;
             if self.fill(1)? == 0 {
-                return Ok(());
+                return Ok(self.framing);
             }
         }
     }
@@ -224,20 +244,27 @@ impl<R: Read> Archive<R> {
         if self.start.elapsed() > self.time { Err(self.over_budget("seconds to convert", self.time.as_secs())) } else { Ok(()) }
     }
 
-    fn advance(&mut self, len: usize) {
+    /// Passes over so many of the buffered bytes.
+    fn advance(&mut self, len: usize) -> Result<(), ConvertError> {
+        self.framing.raw(&self.buffer[self.unread.start..][..len]).map_err(not_written)?;
         self.unread.start += len;
         self.offset += len as u64;
+        Ok(())
     }
 
     /// Passes over so many bytes; gives how many of them the stream lacks.
     fn skip(&mut self, mut len: u64) -> Result<u64, ConvertError> {
         loop {
             let step = len.min(self.unread.len() as u64);
-            self.advance(step as usize);
+            self.advance(step as usize)?;
             len -= step;
             if len == 0 || self.fill(1)? == 0 {
                 return Ok(len);
             }
         }
     }
+}
+
+fn not_written(source: std::io::Error) -> ConvertError {
+    ConvertError::Store { source }
 }

@@ -1,10 +1,10 @@
-//! One layer's tar stream becomes a layer tree and packs.
+//! One layer's tar stream becomes a layer tree, packs, and a framing that with the packs gives back the stream.
 //!
-//! An entry's way: `intake` frames the archive with `tar-core`, `header` decides what the entry is, `upper` puts it where containerd
+//! An entry's way: `intake` frames the archive with `tar-core` and writes down what no pack gets, `header` decides what the entry is, `upper` puts it where containerd
 //! would, `chunks` cuts its data, drops zeros and what the layer already has, and places the rest into units, which `compress` turns into
 //! packs. When the archive ends, every chunk has its place and the layer's directory becomes the [`LayerTree`].
 //!
-//! The same tar gives the same tree and the same packs, byte for byte, whatever the number of threads.
+//! The same tar gives the same tree, packs and framing, byte for byte, whatever the number of threads.
 //!
 //! What a container on overlayfs could not see is left out: the archive's root entry (containerd ignores it), access and change times,
 //! user and group names, `trusted.*` extended attributes (among them `trusted.overlay.*`, which would speak to overlayfs), `user.*`
@@ -27,10 +27,11 @@ mod sink;
 mod upper;
 
 use std::borrow::Cow;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::time::Duration;
 
 use erofs::block::UnitBits;
+use erofs::framing::{FramingWriter, Places};
 use erofs::layer::{LayerError, LayerTree};
 use erofs::meta::Content;
 
@@ -130,10 +131,10 @@ pub enum ConvertError {
         /// The budget.
         limit: u64,
     },
-    /// A pack could not be written to the store.
-    #[error("cannot write a pack to the store; check its space and permissions, then convert again")]
+    /// A pack or the framing could not be written to the store.
+    #[error("cannot write what the layer holds to the store; check its space and permissions, then convert again")]
     Store {
-        /// What the sink said.
+        /// What the writer said.
         #[source]
         source: io::Error,
     },
@@ -146,11 +147,33 @@ pub enum ConvertError {
     },
 }
 
-/// Converts one layer. `reader` gives the uncompressed tar and is read to its end, also past the archive's end marker (so that a
-/// verifying reader sees every byte). Packs go to `sink` as they fill up; on an error some may have been published already.
+/// A converted layer.
+#[derive(Debug)]
+pub struct Converted<W: Write> {
+    /// Its tree.
+    pub tree: LayerTree,
+    /// Its framing, of which the places of the chunks are yet to be written.
+    pub framing: FramingWriter<W>,
+    /// Those places. They name all packs of the layer, also such as the tree does not.
+    pub places: Places,
+}
+
+/// Converts one layer without a framing, for those who want nothing back but what it says.
 pub fn convert_layer(reader: impl Read, sink: &mut impl PackSink, options: &LayerOptions) -> Result<LayerTree, ConvertError> {
-    let ((upper, places), packs) = compress::run(sink, options.unit_bits, options.threads, |feeder| {
-        let mut archive = Archive::new(reader, &options.budget);
+    Ok(convert_layer_framed(reader, sink, io::sink(), options)?.tree)
+}
+
+/// Converts one layer. `reader` gives the uncompressed tar and is read to its end, also past the archive's end marker (so that a
+/// verifying reader sees every byte). Packs go to `sink` as they fill up; on an error some may have been published already. What goes to no pack
+/// is written to `framing`.
+pub fn convert_layer_framed<W: Write>(
+    reader: impl Read,
+    sink: &mut impl PackSink,
+    framing: W,
+    options: &LayerOptions,
+) -> Result<Converted<W>, ConvertError> {
+    let ((upper, framing, places), packs) = compress::run(sink, options.unit_bits, options.threads, |feeder| {
+        let mut archive = Archive::new(reader, framing, options.unit_bits, &options.budget)?;
         let mut upper = Upper::new();
         let mut chunker = Chunker::new(options.unit_bits, feeder);
         let mut costs = Costs { budget: options.budget, entries: 0, bytes: 0, metadata: 0 };
@@ -158,8 +181,7 @@ pub fn convert_layer(reader: impl Read, sink: &mut impl PackSink, options: &Laye
             costs.add(&archive, &member, upper.size())?;
             take(member, &mut archive, &mut upper, &mut chunker)?;
         }
-        archive.drain()?;
-        Ok((upper, chunker.finish()?))
+        Ok((upper, archive.drain()?, chunker.finish()?))
     })?;
     if let Some(path) = upper.ambiguous_link() {
         let source = LayerError::Entry { path, rule: "a hard link meant what layers below have there, but this layer replaces it" };
@@ -169,11 +191,12 @@ pub fn convert_layer(reader: impl Read, sink: &mut impl PackSink, options: &Laye
         Body::Data(data) => Content::File(places.data(data)),
         Body::Other(content) => content,
     });
-    LayerTree::new(packs, entries).map_err(|source| ConvertError::Tree { source })
+    let tree = LayerTree::new(packs.clone(), entries).map_err(|source| ConvertError::Tree { source })?;
+    Ok(Converted { tree, framing, places: Places::new(packs, places.of_chunks()) })
 }
 
 /// Puts one entry into the layer's directory, its data into chunks.
-fn take(member: Member, archive: &mut Archive<impl Read>, upper: &mut Upper, chunker: &mut Chunker<'_>) -> Result<(), ConvertError> {
+fn take(member: Member, archive: &mut Archive<impl Read, impl Write>, upper: &mut Upper, chunker: &mut Chunker<'_>) -> Result<(), ConvertError> {
     let Member { path, kind, attr, data_len, sparse } = member;
     let place = match upper.enter(&path) {
         Ok(Intent::Put(place)) => place,
@@ -207,7 +230,7 @@ struct Costs {
 
 impl Costs {
     /// Counts one more entry; `upper` is the number of names and the length of their paths that the ones before came to.
-    fn add(&mut self, archive: &Archive<impl Read>, member: &Member, upper: (u64, u64)) -> Result<(), ConvertError> {
+    fn add(&mut self, archive: &Archive<impl Read, impl Write>, member: &Member, upper: (u64, u64)) -> Result<(), ConvertError> {
         let size = member.sparse.as_ref().map_or(member.data_len, |(_, real_size)| *real_size);
         let link = match &member.kind {
             MemberKind::Link(target) | MemberKind::Symlink(target) => target.len() as u64,
@@ -231,5 +254,7 @@ impl Costs {
     }
 }
 
+#[cfg(test)]
+mod framing_tests;
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use erofs::digest::Digest;
+use erofs::framing::{FramingReader, Step};
+use erofs::meta::PackRef;
+use erofs::pack::{FOOTER_LEN, PackTable, decode_unit};
 
 /// Where packs go: a store, or memory. One pack is open at a time, on a thread of its own.
 pub trait PackSink: Send {
@@ -22,6 +25,45 @@ pub trait PackSink: Send {
 pub struct MemorySink {
     /// The packs published so far.
     pub packs: BTreeMap<Digest, Vec<u8>>,
+}
+
+impl MemorySink {
+    /// The tar that a framing and these packs give back. Panics if they do not fit each other.
+    pub fn tar(&self, framing: &[u8]) -> Vec<u8> {
+        let reader = || FramingReader::new(framing).expect("a framing");
+        let places = reader().places().expect("a whole framing");
+        let packs: Vec<Vec<u8>> = places.packs.iter().map(|pack| self.content(pack)).collect();
+        let (mut steps, mut tar) = (reader(), Vec::new());
+        while let Some(step) = steps.next().expect("a whole framing") {
+            match step {
+                Step::Raw(raw) => tar.extend_from_slice(raw),
+                Step::Data { chunk: None, len, .. } => tar.resize(tar.len() + len as usize, 0),
+                Step::Data { chunk: Some(id), from, len } => {
+                    let place = places.chunks[id as usize];
+                    let start = place.block as usize * erofs::block::BLOCK_SIZE as usize + from as usize;
+                    tar.extend_from_slice(&packs[place.pack as usize][start..start + len as usize]);
+                }
+            }
+        }
+        tar
+    }
+
+    /// All units of a pack, verified and one after the other.
+    fn content(&self, pack: &PackRef) -> Vec<u8> {
+        let file = &self.packs[&pack.digest];
+        let footer = PackTable::parse_footer(&pack.digest, &file[file.len() - FOOTER_LEN as usize..]).expect("a footer");
+        let (at, len) = footer.unit_table();
+        let table = PackTable::parse(footer, &file[at as usize..at as usize + len]).expect("a unit table");
+        assert_eq!(table.pack_ref(), *pack, "the framing says something else of the pack than its footer");
+        let mut content = Vec::new();
+        for index in 0..table.unit_count() {
+            let entry = table.unit(index).expect("it is in the table");
+            let mut unit = vec![0; table.unit_len(index)];
+            decode_unit(entry, &file[entry.offset as usize..][..entry.stored_len as usize], &mut unit).expect("a whole unit");
+            content.extend(unit);
+        }
+        content
+    }
 }
 
 impl PackSink for MemorySink {
