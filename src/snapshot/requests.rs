@@ -40,7 +40,7 @@ pub enum RequestError {
     },
     /// A compact image's layer, which is of no use unpacked.
     #[error(
-        "{chain} is not in the store, or the store did not answer in time; it is the layer of a compact image, which holds no files but stands          for those of chain {stands_for}: check this node's store and trusted keys and convert the image again, or use the image it was made          from, or a portable target of that"
+        "{chain} is not in the store, or the store did not answer in time; it is the layer of a compact image, which holds no files but stands for those of chain {stands_for}: check this node's store and trusted keys and convert the image again, or use the image it was made from, or a portable target of that"
     )]
     Compact {
         /// What was asked for.
