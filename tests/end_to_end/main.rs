@@ -158,6 +158,25 @@ fn a_prefix_of_a_converted_image_is_known_too() {
 }
 
 #[test]
+fn an_image_whose_files_are_in_other_images_packs_costs_what_is_new_and_starts() {
+    require_everything!();
+    let world = World::new("dedup");
+    world.push_converted("first", &images::full());
+    let stored = |world: &World| store_files(&world.store, ".pack").iter().map(|pack| fs::metadata(pack).expect("a pack").len()).sum::<u64>();
+    let before = stored(&world);
+    // The first image's two lower layers in one, so that no layer is the same, and half a megabyte of new noise.
+    let entries = [images::base().entries, images::everything().entries, images::extra().entries].concat();
+    let (reference, built) = world.push_converted("second", &Image::new().layer(&testbed::Layer::new(entries), Compression::Zstd));
+    let grown = stored(&world) - before;
+    assert!((500_000..550_000).contains(&grown), "{before} bytes grew by {grown}");
+    let node = world.node();
+
+    assert_eq!(node.pull(&world, &reference, &built), [""; 0], "no layer is fetched");
+    assert_eq!(node.containerd.run(&reference, &["/bin/cat", "/extra/small"]).expect("a container"), "tiny");
+    assert_same_tree(&world.plain_tree(&reference, &built), &node.tree(&built));
+}
+
+#[test]
 fn a_node_whose_store_is_missing_or_broken_pulls_the_ordinary_way() {
     require_everything!();
     let world = World::new("broken");

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use erofs::meta::PackRef;
-use erofs::pack::{FOOTER_LEN, PackTable, decode_unit};
+use erofs::pack::{ChunkEntry, FOOTER_LEN, PackTable, decode_unit};
 use slipway::store::{Name, Store, StoreError};
 
 /// An open pack.
@@ -33,6 +33,9 @@ impl PackFile {
         let footer = footer.map_err(|e| damaged(e.to_string()))?;
         let (at, table_len) = footer.unit_table();
         let table = PackTable::parse(footer, &read(at, table_len)?).map_err(|e| damaged(e.to_string()))?;
+        if footer.file_len() != len {
+            return Err(damaged(format!("it is {len} bytes long and should be {}", footer.file_len())));
+        }
         if table.pack_ref() != *pack {
             return Err(damaged("the metadata image says another size of it than its footer".to_owned()));
         }
@@ -42,6 +45,15 @@ impl PackFile {
     /// Length of the file.
     pub fn file_len(&self) -> u64 {
         self.len
+    }
+
+    /// The chunks in it, verified.
+    pub fn chunks(&self) -> Result<Vec<ChunkEntry>, StoreError> {
+        let damaged = |reason: String| StoreError::Damaged { path: self.path.clone(), reason };
+        let (at, len) = self.table.footer().chunk_table();
+        let mut bytes = vec![0; len];
+        self.file.read_exact_at(&mut bytes, at).map_err(|e| damaged(e.to_string()))?;
+        self.table.footer().parse_chunks(&bytes).map_err(|e| damaged(e.to_string()))
     }
 
     /// Unit `index`, uncompressed; or what is wrong with it.

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Context, Finished, state_failure};
 use crate::failure::{Failure, Thrown};
 use crate::journal::{Entry, Journal};
-use crate::layer::{ConvertError, LayerOptions, PackSink, convert_layer};
+use crate::layer::{ConvertError, Elsewhere, LayerOptions, PackSink, convert_layer_beside};
 use crate::leftovers::Leftovers;
 use crate::pipe;
 use crate::progress::layer_title;
@@ -27,6 +27,7 @@ use crate::unpack::Unpack;
 const MAX_THREADS: usize = 4;
 
 /// What converting any layer of an image needs.
+#[derive(Clone, Copy)]
 pub(super) struct LayerJob<'a> {
     pub context: &'a Context<'a>,
     pub source: &'a Source,
@@ -34,6 +35,8 @@ pub(super) struct LayerJob<'a> {
     pub store: &'a Store,
     pub journal: &'a Journal,
     pub leftovers: &'a Leftovers,
+    /// What the store has of the layers' data.
+    pub elsewhere: Elsewhere<'a>,
     pub stop: &'a CancellationToken,
 }
 
@@ -81,9 +84,9 @@ impl LayerJob<'_> {
         let options = LayerOptions { threads, ..LayerOptions::default() };
         let (result, mut unpack) = pipe::run(unpack, |tar| {
             let mut tar = VerifyReader::new(tar, "the layer's tar", layer.diff_id.0, None);
-            let tree = convert_layer(&mut tar, sink, &options)?;
+            let converted = convert_layer_beside(self.elsewhere, &mut tar, sink, io::sink(), &options)?;
             tar.drain().map_err(read_error)?;
-            Ok(tree)
+            Ok(converted.tree)
         });
         let failure = match result.map_err(failed) {
             Err(failure @ Failure::Layer { .. }) => failure,

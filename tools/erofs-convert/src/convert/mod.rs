@@ -9,6 +9,7 @@ mod layer_job;
 mod publish;
 pub mod report;
 mod reuse;
+mod room;
 pub mod target;
 
 use std::collections::HashMap;
@@ -20,12 +21,14 @@ use std::time::Instant;
 use erofs::digest::Digest;
 use erofs::layer::LayerTree;
 use slipway::oci::{DiffId, Platform, Source, SourceImage, SourceLayer};
-use slipway::store::{ImageRoot, SigningKey, Store, StoreError, Trust};
+use slipway::store::{ImageRoot, Reach, SigningKey, Store, StoreError, Trust};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
+use crate::dictionary::Dictionary;
 use crate::failure::Failure;
 use crate::journal::Journal;
+use crate::layer::{Elsewhere, LayerOptions};
 use crate::leftovers::Leftovers;
 use crate::parallel::in_parallel;
 use crate::progress::Progress;
@@ -151,14 +154,23 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
         context.progress.say(&format!("made a new store in {}", store.dir().display()));
     }
     let trust = Trust(vec![key.public()]);
-    let mut finished = reuse::find(&store, &journal, &trust, &store.reach(&trust)?, &image)?;
+    let reach = store.reach(&trust)?;
+    let mut finished = reuse::find(&store, &journal, &trust, &reach, &image)?;
     let todo = missing_layers(&image, &finished);
     context.progress.say(&format!("{} of {} layers are in the store", image.layers.len() - todo.len(), image.layers.len()));
     // A failing layer stops the others, but the user's own token stays as it is.
     let stop = context.stop.child_token();
-    let job = LayerJob { context, source: &options.source, image: &image, store: &store, journal: &journal, leftovers: &leftovers, stop: &stop };
-    let done = in_parallel(options.jobs, todo, &stop, |(number, layer)| Ok((layer.diff_id, job.run(number, layer)?)))?;
-    finished.extend(done);
+    let job = LayerJob {
+        context,
+        source: &options.source,
+        image: &image,
+        store: &store,
+        journal: &journal,
+        leftovers: &leftovers,
+        elsewhere: Elsewhere::NOTHING,
+        stop: &stop,
+    };
+    convert_layers(&job, options, &reach, todo, &mut finished)?;
     compact::refuse_layers(&image, finished.values().map(|layer| &layer.tree))?;
     let (mut root, top, packs, reused) = publish::publish(context, options.jobs, &store, &key, &image, &finished)?;
     // Last, so that a push that fails leaves the image converted.
@@ -179,6 +191,31 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
         target = Some(pushed);
     }
     Ok(Converted { root, reused, packs, target, seconds: started.elapsed().as_secs_f64() })
+}
+
+/// Converts the layers `todo`, referring to what the packs that `reach` has hold already.
+fn convert_layers(
+    job: &LayerJob<'_>,
+    options: &Options,
+    reach: &Reach,
+    todo: Vec<(usize, &SourceLayer)>,
+    finished: &mut HashMap<DiffId, Finished>,
+) -> Result<(), Failure> {
+    let LayerJob { context, image, store, stop, .. } = *job;
+    let run = |job: &LayerJob<'_>, todo: Vec<(usize, &SourceLayer)>| {
+        in_parallel(options.jobs, todo, stop, |(number, layer)| Ok((layer.diff_id, job.run(number, layer)?)))
+    };
+    if !todo.is_empty() {
+        let dictionary = Dictionary::open(store, reach, LayerOptions::default().unit_bits, &options.state, stop)?;
+        let elsewhere = Elsewhere { known: &dictionary, max_packs: room::share(finished, &todo) };
+        finished.extend(run(&LayerJob { elsewhere, ..*job }, todo)?);
+    }
+    let crowded = room::crowded(image, finished);
+    if !crowded.is_empty() {
+        context.progress.say(&format!("the image refers to too many packs: converting {} layers without the packs of others", crowded.len()));
+        finished.extend(run(job, crowded)?);
+    }
+    Ok(())
 }
 
 /// The layers to convert with their numbers (from 1): each diff ID once, largest first, so that the last one running is a small one.

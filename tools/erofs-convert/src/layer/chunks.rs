@@ -1,17 +1,19 @@
-//! File data to chunks: cut, compared with zeros and with what the layer already has, placed into units.
+//! File data to chunks: cut, compared with zeros, with what the layer already has and with what is stored elsewhere, placed into units.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
 
-use erofs::block::{BLOCK_SIZE, UnitBits};
+use erofs::block::{BLOCK_SIZE, UnitBits, blocks_for};
 use erofs::digest::Digest;
 use erofs::framing::Place;
-use erofs::meta::{Chunk, Data};
+use erofs::meta::{Chunk, Data, PackRef};
 use erofs::pack::{MAX_PACK_BYTES, PlacedUnit, Placer};
 
 use super::ConvertError;
 use super::compress::{Feeder, Unit};
 use super::intake::Archive;
+use super::known::{Elsewhere, Found};
+use super::runs::{Decided, Runs};
 
 /// Files up to this size are kept in the metadata image itself. In a pack even one byte takes a 4 KiB block of a unit and 8 bytes of chunk
 /// index, and a request of its own to read; in the image it comes along with the inode, whose block (of 4 KiB, with dozens of inodes) is
@@ -39,24 +41,52 @@ pub(super) struct Chunker<'f> {
     places: Vec<Placed>,
     units: u32,
     feeder: &'f Feeder,
+    runs: Runs<'f, NewChunk>,
+    decided: Vec<Decided<NewChunk>>,
+    /// Packs of others that chunks are in, and their numbers.
+    others: Vec<PackRef>,
+    other_numbers: HashMap<Digest, u32>,
 }
 
-/// Where a chunk is: unit of the layer, block in the unit.
+/// A chunk that the layer has for the first time.
+struct NewChunk {
+    id: ChunkId,
+    digest: Digest,
+    bytes: Vec<u8>,
+}
+
+/// Where a chunk is.
 #[derive(Clone, Copy)]
-struct Placed {
-    unit: u32,
-    block: u32,
+enum Placed {
+    /// In this unit of the layer, at this block of the unit.
+    Own { unit: u32, block: u32 },
+    /// In this one of the packs of others, at this block.
+    Elsewhere { other: u32, block: u32 },
 }
 
 /// Where every chunk of a layer is.
 pub(super) struct Places {
     unit_bits: UnitBits,
+    units: u32,
     places: Vec<Placed>,
+    /// Packs of others that chunks are in.
+    pub others: Vec<PackRef>,
 }
 
 impl<'f> Chunker<'f> {
-    pub fn new(unit_bits: UnitBits, feeder: &'f Feeder) -> Chunker<'f> {
-        Chunker { unit_bits, placer: Placer::new(unit_bits), seen: HashMap::new(), places: Vec::new(), units: 0, feeder }
+    pub fn new(unit_bits: UnitBits, feeder: &'f Feeder, elsewhere: Elsewhere<'f>) -> Chunker<'f> {
+        Chunker {
+            unit_bits,
+            placer: Placer::new(unit_bits),
+            seen: HashMap::new(),
+            places: Vec::new(),
+            units: 0,
+            feeder,
+            runs: Runs::new(elsewhere),
+            decided: Vec::new(),
+            others: Vec::new(),
+            other_numbers: HashMap::new(),
+        }
     }
 
     /// Takes the data of a regular file, all of what the archive has for it.
@@ -97,22 +127,46 @@ impl<'f> Chunker<'f> {
         if is_zero(&bytes) {
             return Ok(HOLE);
         }
-        let digest = Digest::of_padded(&bytes, (bytes.len() as u64).next_multiple_of(BLOCK_SIZE));
+        let blocks = blocks_for(bytes.len() as u64);
+        let digest = Digest::of_padded(&bytes, blocks * BLOCK_SIZE);
         if let Some(id) = self.seen.get(&digest) {
             return Ok(*id);
         }
         let id = ChunkId(self.places.len() as u32);
         self.seen.insert(digest, id);
-        self.places.push(Placed { unit: u32::MAX, block: 0 });
-        if let Some(unit) = self.placer.push(bytes, (id, digest)) {
-            self.send(unit)?;
-        }
+        self.places.push(Placed::Own { unit: u32::MAX, block: 0 });
+        let pushed = self.runs.push(NewChunk { id, digest, bytes }, &digest, blocks as u32, &mut self.decided);
+        pushed.map_err(|source| ConvertError::Store { source })?;
+        self.place()?;
         Ok(id)
+    }
+
+    /// Gives the chunks that are decided their places.
+    fn place(&mut self) -> Result<(), ConvertError> {
+        let mut decided = std::mem::take(&mut self.decided);
+        for (NewChunk { id, digest, bytes }, place) in decided.drain(..) {
+            match place {
+                Some(Found { pack, block, .. }) => {
+                    let other = *self.other_numbers.entry(pack.digest).or_insert_with(|| {
+                        self.others.push(pack);
+                        self.others.len() as u32 - 1
+                    });
+                    self.places[id.0 as usize] = Placed::Elsewhere { other, block };
+                }
+                None => {
+                    if let Some(unit) = self.placer.push(bytes, (id, digest)) {
+                        self.send(unit)?;
+                    }
+                }
+            }
+        }
+        self.decided = decided;
+        Ok(())
     }
 
     fn send(&mut self, unit: PlacedUnit<(ChunkId, Digest)>) -> Result<(), ConvertError> {
         for piece in &unit.pieces {
-            self.places[piece.handle.0.0 as usize] = Placed { unit: self.units, block: piece.block };
+            self.places[piece.handle.0.0 as usize] = Placed::Own { unit: self.units, block: piece.block };
         }
         self.units += 1;
         // A chunk that fills its unit has the unit's digest.
@@ -126,11 +180,13 @@ impl<'f> Chunker<'f> {
 
     /// Sends what is left; from then on every chunk has its place.
     pub fn finish(mut self) -> Result<Places, ConvertError> {
+        self.runs.end(&mut self.decided);
+        self.place()?;
         let last = std::mem::replace(&mut self.placer, Placer::new(self.unit_bits)).finish();
         if let Some(unit) = last {
             self.send(unit)?;
         }
-        Ok(Places { unit_bits: self.unit_bits, places: self.places })
+        Ok(Places { unit_bits: self.unit_bits, units: self.units, places: self.places, others: self.others })
     }
 }
 
@@ -155,10 +211,13 @@ impl Places {
         self.places.iter().map(|placed| self.place(*placed)).collect()
     }
 
-    /// Every pack of the layer but the last is full.
+    /// First come the layer's own packs, of which every one but the last is full, then those of others.
     fn place(&self, placed: Placed) -> Place {
         let units_per_pack = (MAX_PACK_BYTES / self.unit_bits.bytes()) as u32;
-        Place { pack: placed.unit / units_per_pack, block: placed.unit % units_per_pack * self.unit_bits.blocks() + placed.block }
+        match placed {
+            Placed::Own { unit, block } => Place { pack: unit / units_per_pack, block: unit % units_per_pack * self.unit_bits.blocks() + block },
+            Placed::Elsewhere { other, block } => Place { pack: self.units.div_ceil(units_per_pack) + other, block },
+        }
     }
 }
 

@@ -1,10 +1,11 @@
 //! One layer's tar stream becomes a layer tree, packs, and a framing that with the packs gives back the stream.
 //!
-//! An entry's way: `intake` frames the archive with `tar-core` and writes down what no pack gets, `header` decides what the entry is, `upper` puts it where containerd
-//! would, `chunks` cuts its data, drops zeros and what the layer already has, and places the rest into units, which `compress` turns into
-//! packs. When the archive ends, every chunk has its place and the layer's directory becomes the [`LayerTree`].
+//! An entry's way: `intake` frames the archive with `tar-core` and writes down what no pack gets, `header` decides what the entry is, `upper` puts
+//! it where containerd would, `chunks` cuts its data, drops zeros and what the layer already has or what `runs` finds worth a reference to other
+//! packs, and places the rest into units, which `compress` turns into packs. When the archive ends, every chunk has its place and the layer's directory
+//! becomes the [`LayerTree`].
 //!
-//! The same tar gives the same tree, packs and framing, byte for byte, whatever the number of threads.
+//! The same tar gives the same tree, packs and framing, byte for byte, whatever the number of threads, as long as the same is [`known`] of other packs.
 //!
 //! What a container on overlayfs could not see is left out: the archive's root entry (containerd ignores it), access and change times,
 //! user and group names, `trusted.*` extended attributes (among them `trusted.overlay.*`, which would speak to overlayfs), `user.*`
@@ -23,6 +24,8 @@ mod chunks;
 mod compress;
 mod header;
 mod intake;
+pub mod known;
+pub mod runs;
 mod sink;
 mod upper;
 
@@ -33,10 +36,11 @@ use std::time::Duration;
 use erofs::block::UnitBits;
 use erofs::framing::{FramingWriter, Places};
 use erofs::layer::{LayerError, LayerTree};
-use erofs::meta::Content;
+use erofs::meta::{Content, PackRef};
 
 pub use chunks::INLINE_LIMIT;
 pub use compress::ZSTD_LEVEL;
+pub use known::{ChunkTable, Elsewhere, Known};
 pub use sink::{MemorySink, PackSink};
 
 use chunks::Chunker;
@@ -156,6 +160,8 @@ pub struct Converted<W: Write> {
     pub framing: FramingWriter<W>,
     /// Those places. They name all packs of the layer, also such as the tree does not.
     pub places: Places,
+    /// Packs made for it. Its chunks may be in others as well.
+    pub own: Vec<PackRef>,
 }
 
 /// Converts one layer without a framing, for those who want nothing back but what it says.
@@ -163,19 +169,30 @@ pub fn convert_layer(reader: impl Read, sink: &mut impl PackSink, options: &Laye
     Ok(convert_layer_framed(reader, sink, io::sink(), options)?.tree)
 }
 
-/// Converts one layer. `reader` gives the uncompressed tar and is read to its end, also past the archive's end marker (so that a
-/// verifying reader sees every byte). Packs go to `sink` as they fill up; on an error some may have been published already. What goes to no pack
-/// is written to `framing`.
+/// Converts one layer all by itself, see [`convert_layer_beside`].
 pub fn convert_layer_framed<W: Write>(
     reader: impl Read,
     sink: &mut impl PackSink,
     framing: W,
     options: &LayerOptions,
 ) -> Result<Converted<W>, ConvertError> {
-    let ((upper, framing, places), packs) = compress::run(sink, options.unit_bits, options.threads, |feeder| {
+    convert_layer_beside(Elsewhere::NOTHING, reader, sink, framing, options)
+}
+
+/// Converts one layer. `reader` gives the uncompressed tar and is read to its end, also past the archive's end marker (so that a
+/// verifying reader sees every byte). Packs go to `sink` as they fill up; on an error some may have been published already. What goes to no pack
+/// is written to `framing`. What is stored `elsewhere`, in packs of the same unit size, may be referred to there.
+pub fn convert_layer_beside<W: Write>(
+    elsewhere: Elsewhere<'_>,
+    reader: impl Read,
+    sink: &mut impl PackSink,
+    framing: W,
+    options: &LayerOptions,
+) -> Result<Converted<W>, ConvertError> {
+    let ((upper, framing, places), own) = compress::run(sink, options.unit_bits, options.threads, |feeder| {
         let mut archive = Archive::new(reader, framing, options.unit_bits, &options.budget)?;
         let mut upper = Upper::new();
-        let mut chunker = Chunker::new(options.unit_bits, feeder);
+        let mut chunker = Chunker::new(options.unit_bits, feeder, elsewhere);
         let mut costs = Costs { budget: options.budget, entries: 0, bytes: 0, metadata: 0 };
         while let Some(member) = archive.next()? {
             costs.add(&archive, &member, upper.size())?;
@@ -191,8 +208,9 @@ pub fn convert_layer_framed<W: Write>(
         Body::Data(data) => Content::File(places.data(data)),
         Body::Other(content) => content,
     });
+    let packs: Vec<PackRef> = own.iter().chain(&places.others).copied().collect();
     let tree = LayerTree::new(packs.clone(), entries).map_err(|source| ConvertError::Tree { source })?;
-    Ok(Converted { tree, framing, places: Places::new(packs, places.of_chunks()) })
+    Ok(Converted { tree, framing, places: Places::new(packs, places.of_chunks()), own })
 }
 
 /// Puts one entry into the layer's directory, its data into chunks.

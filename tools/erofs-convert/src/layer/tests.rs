@@ -10,6 +10,8 @@ use tar_core::{EntryBuilder, EntryType};
 
 use super::*;
 
+mod beside;
+
 fn options(threads: usize) -> LayerOptions {
     LayerOptions { unit_bits: UnitBits::MIN, threads, budget: Budget::default() }
 }

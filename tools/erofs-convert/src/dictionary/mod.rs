@@ -1,0 +1,157 @@
+//! The dictionary: which chunks the store has already, and where.
+//!
+//! The truth are the chunk tables of packs. Asking every pack of a store for every chunk would take too long, so the tables of all packs that
+//! trusted records reach are gathered in *segments* of 16 bytes per chunk, kept in the state directory between conversions (`files`) and mapped. They
+//! are a hint: a chunk counts as found only when the pack's own table, verified against the pack's name, says so.
+//!
+//! What the dictionary covers is decided when it is opened: the packs that trusted records reached then, whatever segments there were. So the
+//! same store content gives the same answers, with an empty state directory too.
+//!
+//! A pack that is referred to must stay. Today nothing in a store is ever deleted. Once something is, a converter has to name the packs it may
+//! refer to in a lease (`converters/` in the store) before it relies on them; there is no such lease yet.
+
+mod files;
+mod segment;
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use erofs::block::UnitBits;
+use erofs::digest::Digest;
+use erofs::meta::PackRef;
+use erofs::pack::ChunkEntry;
+use slipway::store::{Reach, Store, StoreError};
+use tokio_util::sync::CancellationToken;
+
+use crate::failure::Failure;
+use crate::layer::{ChunkTable, Known};
+use crate::pack_file::PackFile;
+use crate::parallel::in_parallel;
+use files::Files;
+use segment::Segment;
+
+/// Chunk tables read from the store at once: each takes a few round trips.
+const READS_AT_ONCE: usize = 16;
+
+/// Chunks that are put into one segment at once, 48 bytes each while they are sorted: the packs of a store that is new to this machine come in
+/// several.
+const BATCH: usize = 4 << 20;
+
+/// Chunks of tables that are kept open, 52 bytes each. A pack has as many as it has files, some thousands; all the packs that an image refers
+/// to are rarely more than this.
+const MAX_OPEN: usize = 2 << 20;
+
+/// Chunks of some packs of a store.
+pub struct Dictionary<'a> {
+    store: &'a Store,
+    packs: BTreeMap<Digest, PackRef>,
+    segments: Vec<Segment>,
+    tables: Mutex<Tables>,
+}
+
+/// Tables that were asked for.
+#[derive(Default)]
+struct Tables {
+    open: HashMap<Digest, Option<Arc<ChunkTable>>>,
+    chunks: usize,
+}
+
+impl<'a> Dictionary<'a> {
+    /// A dictionary without chunks.
+    pub fn empty(store: &'a Store) -> Dictionary<'a> {
+        Dictionary { store, packs: BTreeMap::new(), segments: Vec::new(), tables: Mutex::default() }
+    }
+
+    /// The dictionary of the packs of this unit size that `reach` has. What of it is known from before lies in `state`, and what is new is added
+    /// there.
+    pub fn open(store: &'a Store, reach: &Reach, unit_bits: UnitBits, state: &Path, stop: &CancellationToken) -> Result<Dictionary<'a>, Failure> {
+        let packs = reach.packs().filter(|pack| pack.unit_bits == unit_bits).map(|pack| (pack.digest, *pack)).collect();
+        let mut dictionary = Dictionary { packs, ..Dictionary::empty(store) };
+        let mut files = Files::open(&state.join("dictionary").join(store.id()));
+        let mut missing = dictionary.packs.clone();
+        for pack in files.segments().flat_map(Segment::packs) {
+            missing.remove(&pack);
+        }
+        let mut tables = Vec::new();
+        let missing: Vec<PackRef> = missing.into_values().collect();
+        for some in missing.chunks(READS_AT_ONCE) {
+            tables.extend(read_tables(store, some, stop)?);
+            if tables.iter().map(|(_, chunks)| chunks.len()).sum::<usize>() >= BATCH {
+                files.add(Segment::build(std::mem::take(&mut tables)));
+            }
+        }
+        if !tables.is_empty() {
+            files.add(Segment::build(tables));
+        }
+        files.merge(|pack| dictionary.packs.contains_key(pack));
+        dictionary.segments = files.into_segments();
+        Ok(dictionary)
+    }
+
+    /// Adds the chunks of these packs, in memory only.
+    pub fn add(&mut self, packs: &[PackRef], stop: &CancellationToken) -> Result<(), Failure> {
+        let new: Vec<PackRef> = packs.iter().filter(|pack| !self.packs.contains_key(&pack.digest)).copied().collect();
+        if !new.is_empty() {
+            self.segments.push(Segment::build(read_tables(self.store, &new, stop)?));
+            self.packs.extend(new.iter().map(|pack| (pack.digest, *pack)));
+        }
+        Ok(())
+    }
+}
+
+/// The chunk tables of these packs, without those that cannot be used.
+fn read_tables(store: &Store, packs: &[PackRef], stop: &CancellationToken) -> Result<Vec<(Digest, Vec<ChunkEntry>)>, Failure> {
+    let stop = stop.child_token();
+    let tables = in_parallel(READS_AT_ONCE, packs.to_vec(), &stop, |pack| Ok((pack.digest, read_table(store, &pack)?)))?;
+    Ok(tables.into_iter().filter_map(|(pack, chunks)| Some((pack, chunks?))).collect())
+}
+
+fn read_table(store: &Store, pack: &PackRef) -> Result<Option<Vec<ChunkEntry>>, StoreError> {
+    match PackFile::open(store, pack).and_then(|file| file.chunks()) {
+        Ok(chunks) => Ok(Some(chunks)),
+        Err(error) if error.is_about_content() => {
+            tracing::debug!(pack = %pack.digest, %error, "passing over a pack");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+impl Known for Dictionary<'_> {
+    fn candidates(&self, digest: &Digest) -> Vec<(Digest, u32)> {
+        let mut found = Vec::new();
+        for segment in &self.segments {
+            segment.look_up(digest, &mut |pack, block| {
+                if self.packs.contains_key(&pack) {
+                    found.push((pack, block));
+                }
+            });
+        }
+        found.sort_unstable();
+        // A pack may be in two segments when two converters add it at once.
+        found.dedup();
+        found
+    }
+
+    fn table(&self, pack: &Digest) -> io::Result<Option<Arc<ChunkTable>>> {
+        let Some(pack) = self.packs.get(pack) else { return Ok(None) };
+        let mut tables = self.tables.lock().expect("no panic while it is held");
+        if let Some(table) = tables.open.get(&pack.digest) {
+            return Ok(table.clone());
+        }
+        let chunks = read_table(self.store, pack).map_err(io::Error::other)?;
+        let table = chunks.map(|chunks| Arc::new(ChunkTable::new(*pack, chunks)));
+        let count = table.as_ref().map_or(0, |table| table.chunks().count());
+        if tables.chunks + count > MAX_OPEN {
+            *tables = Tables::default();
+        }
+        tables.chunks += count;
+        tables.open.insert(pack.digest, table.clone());
+        Ok(table)
+    }
+}
+
+#[cfg(test)]
+mod tests;

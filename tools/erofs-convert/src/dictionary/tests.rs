@@ -1,0 +1,78 @@
+//! Dictionaries of real packs in a store.
+
+use std::fs;
+use std::io::Write as _;
+
+use erofs::pack::{PackWriter, encode_unit};
+use slipway::store::Name;
+
+use super::*;
+
+/// A store with packs of whole 64 KiB chunks, each of one number.
+struct Shelf {
+    dir: tempfile::TempDir,
+    store: Store,
+}
+
+fn chunk(number: u8) -> Vec<u8> {
+    vec![number; 65536]
+}
+
+impl Shelf {
+    fn new() -> Shelf {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(dir.path()).unwrap();
+        Shelf { dir, store }
+    }
+
+    fn put(&self, chunks: &[u8]) -> PackRef {
+        let mut writer = PackWriter::new(Vec::new(), UnitBits::MIN);
+        for number in chunks {
+            let unit = encode_unit(&chunk(*number), 1);
+            writer.push(&unit, &[(unit.digest, 0, 16)]).unwrap();
+        }
+        let pack = writer.finish().unwrap();
+        let mut temp = self.store.temp().unwrap();
+        temp.write_all(&pack.out).unwrap();
+        self.store.publish(temp, &Name::Pack(pack.pack.digest)).unwrap();
+        pack.pack
+    }
+
+    fn path(&self, pack: &PackRef) -> std::path::PathBuf {
+        self.dir.path().join(Name::Pack(pack.digest).path())
+    }
+}
+
+#[test]
+fn chunks_are_found_in_every_pack_that_was_added() {
+    let shelf = Shelf::new();
+    let (a, b, other) = (shelf.put(&[1, 2, 3]), shelf.put(&[3, 4]), shelf.put(&[1]));
+    let mut dictionary = Dictionary::empty(&shelf.store);
+    dictionary.add(&[a, b], &CancellationToken::new()).unwrap();
+    dictionary.add(&[b], &CancellationToken::new()).unwrap();
+    let mut expected = [(a.digest, 32), (b.digest, 0)];
+    expected.sort_unstable();
+    assert_eq!(dictionary.candidates(&Digest::of(&chunk(3))), expected);
+    assert_eq!(dictionary.candidates(&Digest::of(&chunk(1))), [(a.digest, 0)]);
+    assert_eq!(dictionary.candidates(&Digest::of(&chunk(9))), []);
+    assert_eq!(dictionary.table(&a.digest).unwrap().unwrap().chunks().count(), 3);
+    assert!(dictionary.table(&other.digest).unwrap().is_none(), "nobody vouched for it");
+}
+
+#[test]
+fn a_pack_that_cannot_be_used_is_not_referred_to() {
+    let shelf = Shelf::new();
+    let packs = [shelf.put(&[1]), shelf.put(&[2]), shelf.put(&[3])];
+    let mut dictionary = Dictionary::empty(&shelf.store);
+    fs::remove_file(shelf.path(&packs[0])).unwrap();
+    dictionary.add(&packs, &CancellationToken::new()).unwrap();
+    assert_eq!(dictionary.candidates(&Digest::of(&chunk(1))), []);
+    // Damaged since it was looked at: the table in the pack counts.
+    let mut bytes = fs::read(shelf.path(&packs[1])).unwrap();
+    let table = bytes.len() - 8192;
+    bytes[table] ^= 1;
+    fs::write(shelf.path(&packs[1]), bytes).unwrap();
+    assert_eq!(dictionary.candidates(&Digest::of(&chunk(2))).len(), 1);
+    assert!(dictionary.table(&packs[1].digest).unwrap().is_none());
+    assert!(dictionary.table(&packs[2].digest).unwrap().is_some());
+}

@@ -1,0 +1,87 @@
+//! What images share is stored once: the real program, two images, one store.
+
+#![allow(clippy::unwrap_used, reason = "a test's own set-up")]
+
+mod ground;
+
+use std::fs;
+
+use ground::{Ground, files_below, noise};
+use testbed::{Compression, Entry, Image, Layer};
+
+/// Bytes of all packs.
+fn packs(ground: &Ground) -> u64 {
+    let dir = ground.store().join("packs");
+    files_below(&dir).iter().map(|name| fs::metadata(dir.join(name)).unwrap().len()).sum()
+}
+
+/// Files of a directory: `count` of them with contents from `seed` on, sizes from small to several chunks.
+fn some(dir: &str, seed: u64, count: u64) -> Vec<Entry> {
+    (seed..seed + count).map(|i| Entry::file(&format!("{dir}/{i:03}"), noise(i, (i * 37_813 % 700_000) as usize))).collect()
+}
+
+fn assert_checks(ground: &Ground, image: &str) {
+    let check = ground.run(&["check", image, image]);
+    assert_eq!(check.code, 0, "{}{}", check.out, check.err);
+}
+
+#[test]
+fn an_image_that_shares_its_files_costs_what_is_new() {
+    let ground = Ground::new("dedup-images");
+    let first = Image::new().layer(&Layer::new(some("a", 1, 20)), Compression::Gzip).layer(&Layer::new(some("b", 100, 10)), Compression::Gzip);
+    ground.layout.add("1", &first).unwrap();
+    ground.convert("oci:img:1");
+    let before = packs(&ground);
+    // The same files under other layers, in other directories, with one more.
+    let new = 300_000;
+    let all = [some("c", 1, 20), vec![Entry::file("new", noise(999, new))], some("d", 100, 10)].concat();
+    ground.layout.add("2", &Image::new().layer(&Layer::new(all), Compression::Zstd)).unwrap();
+    let done = ground.convert("oci:img:2");
+    assert_eq!(done["layers"][0]["reused"], false);
+    let grown = packs(&ground) - before;
+    assert!(grown >= new as u64 && grown <= new as u64 + 20_000, "{before} bytes grew by {grown}");
+    assert_eq!(done["packs"].as_array().unwrap().len(), 3);
+    for image in ["oci:img:1", "oci:img:2"] {
+        assert_checks(&ground, image);
+    }
+    // Again with nothing in the state directory but the key, and with a store that another converter reads.
+    let tree = done["layers"][0]["tree"].as_str().unwrap().to_owned();
+    assert!(!files_below(&ground.scratch.join("state/dictionary")).is_empty());
+    for _ in 0..2 {
+        for dir in ["images", "chains", "layers"] {
+            for name in files_below(&ground.store().join(dir)).into_iter().filter(|name| name.to_string_lossy().contains(&tree) || dir != "layers") {
+                let path = ground.store().join(dir).join(name);
+                let text = fs::read(&path).unwrap();
+                let of_second = dir != "images" || String::from_utf8_lossy(&text).contains("img:2");
+                let _ = (dir != "chains" && of_second).then(|| fs::remove_file(path).unwrap());
+            }
+        }
+        let _ = fs::remove_file(ground.scratch.join("state/journal"));
+        let again = ground.convert("oci:img:2");
+        assert_eq!((&again["layers"][0]["reused"], &again["layers"][0]["tree"]), (&false.into(), &done["layers"][0]["tree"]));
+        fs::remove_dir_all(ground.scratch.join("state/dictionary")).unwrap();
+    }
+}
+
+#[test]
+fn what_is_not_worth_a_reference_is_stored_again() {
+    let ground = Ground::new("dedup-little");
+    ground.layout.add("1", &Image::new().layer(&Layer::new(some("a", 1, 4)), Compression::Gzip)).unwrap();
+    ground.layout.add("2", &Image::new().layer(&Layer::new([some("a", 1, 4), some("b", 50, 1)].concat()), Compression::Gzip)).unwrap();
+    ground.convert("oci:img:1");
+    assert_eq!(ground.convert("oci:img:2")["packs"].as_array().unwrap().len(), 1, "less than 1 MiB is shared");
+    assert_checks(&ground, "oci:img:2");
+}
+
+#[test]
+fn a_converter_with_another_key_shares_nothing() {
+    let ground = Ground::new("dedup-trust");
+    ground.layout.add("1", &Image::new().layer(&Layer::new(some("a", 1, 20)), Compression::Gzip)).unwrap();
+    ground.layout.add("2", &Image::new().layer(&Layer::new([some("a", 1, 20), some("b", 50, 2)].concat()), Compression::Gzip)).unwrap();
+    ground.convert("oci:img:1");
+    for name in files_below(&ground.scratch.join("state")).iter().filter(|name| name.to_string_lossy().contains("key")) {
+        fs::remove_file(ground.scratch.join("state").join(name)).unwrap();
+    }
+    assert_eq!(ground.convert("oci:img:2")["packs"].as_array().unwrap().len(), 1, "nobody it trusts vouches for the first image's packs");
+    assert_checks(&ground, "oci:img:2");
+}
