@@ -5,7 +5,6 @@
 use std::io::{self, BufReader, Chain, Cursor, Read};
 
 use flate2::bufread::MultiGzDecoder;
-use slipway::oci::VerifyReader;
 
 /// What is read from the blob in one go: large enough that the socket or file read is not what costs.
 const READ_SIZE: usize = 256 << 10;
@@ -24,7 +23,7 @@ pub struct Unpack<R: Read> {
     decoder: Decoder<R>,
 }
 
-type Blob<R> = BufReader<Chain<Cursor<Vec<u8>>, VerifyReader<R>>>;
+type Blob<R> = BufReader<Chain<Cursor<Vec<u8>>, R>>;
 
 enum Decoder<R: Read> {
     /// Several members in one file are one stream, as in gzip(1) and eStargz.
@@ -34,8 +33,8 @@ enum Decoder<R: Read> {
 }
 
 impl<R: Read> Unpack<R> {
-    /// Looks at the first bytes of `blob`.
-    pub fn new(mut blob: VerifyReader<R>) -> io::Result<Unpack<R>> {
+    /// Looks at the first bytes of `blob`, whose reader must check them (a [`slipway::oci::VerifyReader`]).
+    pub fn new(mut blob: R) -> io::Result<Unpack<R>> {
         let mut head = Vec::new();
         (&mut blob).take(MAGIC_LEN).read_to_end(&mut head)?;
         let gzip = head.starts_with(&GZIP_MAGIC);
@@ -60,7 +59,7 @@ impl<R: Read> Unpack<R> {
             Decoder::Zstd(decoder) => decoder.get_mut(),
             Decoder::Plain(blob) => blob,
         };
-        blob.get_mut().get_mut().1.drain()
+        io::copy(blob.get_mut().get_mut().1, &mut io::sink()).map(drop)
     }
 }
 
@@ -91,7 +90,7 @@ fn window_told(error: io::Error) -> io::Error {
 mod tests {
     use std::io::Write;
 
-    use slipway::oci::{Sha256, VerifyError};
+    use slipway::oci::{Sha256, VerifyError, VerifyReader};
 
     use super::*;
 

@@ -19,6 +19,10 @@ fn an_image_is_converted_listed_and_the_same_as_its_source() {
     assert_eq!(done["chain"], built.top_chain());
     assert_eq!(done["manifest"], built.manifest.digest);
     assert_eq!(done["layers"].as_array().unwrap().len(), 3);
+    let seconds = |of: &str| done["processorSeconds"][of].as_f64().unwrap();
+    let stages: f64 = ["fetch", "blobDigest", "unpack", "tarDigest", "cut", "compress", "write", "fold"].map(seconds).iter().sum();
+    assert!(seconds("compress") > 0.0 && stages <= seconds("all"), "{done}");
+    assert!(done["peakMemory"].as_u64().unwrap() > 1 << 20, "{done}");
     let source = done["source"].as_str().unwrap();
     assert_eq!(ground.listed(), [source]);
 

@@ -92,7 +92,7 @@ fn fix_checksums(tar: &mut [u8]) {
 
 fn convert(mut tar: Vec<u8>) -> Option<LayerTree> {
     fix_checksums(&mut tar);
-    let options = LayerOptions { unit_bits: UnitBits::MIN, threads: 1, budget: BUDGET };
+    let options = LayerOptions { unit_bits: UnitBits::MIN, threads: 1, budget: BUDGET, ..LayerOptions::default() };
     let mut sink = MemorySink::default();
     let layer = convert_layer_framed(&tar[..], &mut sink, Vec::new(), &options).ok()?;
     let (tree, framing) = (layer.tree, layer.framing.finish(&layer.places).expect("a Vec takes everything"));

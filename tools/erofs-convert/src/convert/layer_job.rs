@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Context, Finished, state_failure};
 use crate::failure::{Failure, Thrown};
 use crate::journal::{Entry, Journal};
-use crate::layer::{ConvertError, Elsewhere, LayerOptions, PackSink, convert_layer_beside};
+use crate::layer::{ConvertError, Elsewhere, LayerOptions, PackSink, Stage, Stages, convert_layer_beside};
 use crate::leftovers::Leftovers;
 use crate::pipe;
 use crate::progress::layer_title;
@@ -38,6 +38,7 @@ pub(super) struct LayerJob<'a> {
     /// What the store has of the layers' data.
     pub elsewhere: Elsewhere<'a>,
     pub stop: &'a CancellationToken,
+    pub stages: &'a Stages,
 }
 
 impl LayerJob<'_> {
@@ -48,7 +49,7 @@ impl LayerJob<'_> {
             let progress = self.context.progress.layer(number, count, layer.digest, layer.size);
             let blob = stop::wait(self.context.runtime, self.stop, self.source.open_layer(layer))??;
             let advance = |more| progress.advance(more);
-            let blob = StoppableReader::new(blob, self.context.runtime, self.stop, &advance);
+            let blob = self.stages.reader(Stage::Fetch, StoppableReader::new(blob, self.context.runtime, self.stop, &advance));
             let mut sink = StoreSink { store: self.store, leftovers: self.leftovers, finished: Vec::new() };
             match self.read(number, layer, blob, &mut sink) {
                 Ok(tree) => break (tree, sink.finished, progress),
@@ -79,15 +80,18 @@ impl LayerJob<'_> {
         let failed = |error| layer_failure(self.image, number, layer, error);
         let read_error = |source| ConvertError::Read { offset: 0, source };
         let blob = VerifyReader::new(blob, "the layer's blob", layer.digest, Some(layer.size));
-        let unpack = Unpack::new(blob).map_err(read_error).map_err(failed)?;
+        let blob = self.stages.reader(Stage::BlobDigest, blob);
+        let unpack = self.stages.reader(Stage::Unpack, Unpack::new(blob).map_err(read_error).map_err(failed)?);
         let threads = available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS));
-        let options = LayerOptions { threads, ..LayerOptions::default() };
-        let (result, mut unpack) = pipe::run(unpack, |tar| {
+        let options = LayerOptions { threads, stages: self.stages.clone(), ..LayerOptions::default() };
+        let (result, unpack) = pipe::run(unpack, |tar| {
             let mut tar = VerifyReader::new(tar, "the layer's tar", layer.diff_id.0, None);
-            let converted = convert_layer_beside(self.elsewhere, &mut tar, sink, io::sink(), &options)?;
+            let counted = self.stages.reader(Stage::TarDigest, &mut tar);
+            let converted = self.stages.time(Stage::Cut, || convert_layer_beside(self.elsewhere, counted, sink, io::sink(), &options))?;
             tar.drain().map_err(read_error)?;
             Ok(converted.tree)
         });
+        let mut unpack = unpack.into_inner();
         let failure = match result.map_err(failed) {
             Err(failure @ Failure::Layer { .. }) => failure,
             result => return result,

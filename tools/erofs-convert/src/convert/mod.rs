@@ -5,6 +5,7 @@
 //! whole files that no record names, which the next run finds through the journal.
 
 pub(crate) mod compact;
+pub mod cost;
 mod layer_job;
 mod publish;
 pub mod report;
@@ -35,6 +36,7 @@ use crate::progress::Progress;
 use crate::stop;
 
 use compact::CompactLayer;
+use cost::{Cost, Meter};
 use layer_job::LayerJob;
 pub(crate) use layer_job::layer_failure;
 use target::{PushedTarget, TargetKind, TargetOptions};
@@ -81,6 +83,8 @@ pub struct Converted {
     pub target: Option<PushedTarget>,
     /// How long it took.
     pub seconds: f64,
+    /// What it took of this machine.
+    pub cost: Cost,
 }
 
 /// A layer in the store.
@@ -139,7 +143,7 @@ fn needs_new_store(options: &Options) -> Result<bool, Failure> {
 }
 
 fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, started: Instant) -> Result<Converted, Failure> {
-    let new_store = needs_new_store(options)?;
+    let (meter, new_store) = (Meter::start(), needs_new_store(options)?);
     if image.layers.is_empty() {
         return Err(Failure::NoLayers { image: image.name });
     }
@@ -169,10 +173,12 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
         leftovers: &leftovers,
         elsewhere: Elsewhere::NOTHING,
         stop: &stop,
+        stages: &meter.stages,
     };
     convert_layers(&job, options, &reach, todo, &mut finished)?;
     compact::refuse_layers(&image, finished.values().map(|layer| &layer.tree))?;
-    let (mut root, top, packs, reused) = publish::publish(context, options.jobs, &store, &key, &image, &finished)?;
+    let published = meter.fold(|| publish::publish(context, options.jobs, &store, &key, &image, &finished));
+    let (mut root, top, packs, reused) = published?;
     // Last, so that a push that fails leaves the image converted.
     let mut target = None;
     if let Some(options_of_it) = &options.target {
@@ -190,7 +196,7 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
         store.put_image(&root)?;
         target = Some(pushed);
     }
-    Ok(Converted { root, reused, packs, target, seconds: started.elapsed().as_secs_f64() })
+    Ok(Converted { root, reused, packs, target, seconds: started.elapsed().as_secs_f64(), cost: meter.cost() })
 }
 
 /// Converts the layers `todo`, referring to what the packs that `reach` has hold already.

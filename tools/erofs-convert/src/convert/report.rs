@@ -54,6 +54,8 @@ pub fn json(done: &Converted) -> Value {
         "sizes": root.sizes,
         "target": done.target.as_ref().map(target_json),
         "seconds": done.seconds,
+        "processorSeconds": done.cost.json(),
+        "peakMemory": done.cost.peak_memory,
     })
 }
 

@@ -17,7 +17,7 @@ use erofs::digest::Digest;
 use erofs::meta::PackRef;
 use erofs::pack::{EncodedUnit, PackWriter, UnitEncoder, WriteError};
 
-use super::{ConvertError, PackSink};
+use super::{ConvertError, LayerOptions, PackSink, Stage};
 
 /// zstd's level. Measured on 350 MB of /usr in units of 256 KiB, MB per CPU second and size of the packs (2.5 GHz Cascade Lake): level 1
 /// 245 to 365 and 40.6 %, level 2 178 to 200 and 39.3 %, level 3 124 to 155 and 38.5 %. Decoding costs the same at each. Conversion is
@@ -66,27 +66,19 @@ impl Feeder {
 /// Runs `feed`, compresses and writes what it feeds, and gives its result with the packs made.
 pub(super) fn run<S: PackSink, T>(
     sink: &mut S,
-    unit_bits: UnitBits,
-    threads: usize,
+    options: &LayerOptions,
     feed: impl FnOnce(&Feeder) -> Result<T, ConvertError>,
 ) -> Result<(T, Vec<PackRef>), ConvertError> {
-    let threads = threads.max(1);
+    let (threads, unit_bits, stages) = (options.threads.max(1), options.unit_bits, &options.stages);
     let (units, todo) = bounded::<(Vec<u8>, Option<Digest>, Sender<EncodedUnit>)>(threads * UNITS_PER_THREAD);
     let (order, in_order) = bounded(threads * UNITS_PER_THREAD);
     thread::scope(|scope| {
         for _ in 0..threads {
             let todo = todo.clone();
-            scope.spawn(move || {
-                let mut encoder = UnitEncoder::new(ZSTD_LEVEL);
-                for (data, digest, done) in todo {
-                    let digest = digest.unwrap_or_else(|| Digest::of(&data));
-                    // Nobody waits for it only if the writer has failed, which `run` reports.
-                    let _ = done.send(encoder.encode(data, digest));
-                }
-            });
+            scope.spawn(move || stages.time(Stage::Compress, || compress(todo)));
         }
         drop(todo);
-        let writer = scope.spawn(move || write(sink, unit_bits, in_order));
+        let writer = scope.spawn(move || stages.time(Stage::Write, || write(sink, unit_bits, in_order)));
         let feeder = Feeder { units, order };
         let fed = feed(&feeder);
         if fed.is_ok() {
@@ -100,6 +92,16 @@ pub(super) fn run<S: PackSink, T>(
             (Err(error), Ok(_)) | (_, Err(error)) => Err(error),
         }
     })
+}
+
+/// Compresses units as they come.
+fn compress(todo: Receiver<(Vec<u8>, Option<Digest>, Sender<EncodedUnit>)>) {
+    let mut encoder = UnitEncoder::new(ZSTD_LEVEL);
+    for (data, digest, done) in todo {
+        let digest = digest.unwrap_or_else(|| Digest::of(&data));
+        // Nobody waits for it only if the writer has failed, which `run` reports.
+        let _ = done.send(encoder.encode(data, digest));
+    }
 }
 
 /// Writes units to packs as they come; gives the packs if the end was reached.

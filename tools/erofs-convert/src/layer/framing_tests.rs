@@ -9,7 +9,7 @@ use super::*;
 const UNIT: usize = 65536;
 
 fn options(threads: usize) -> LayerOptions {
-    LayerOptions { unit_bits: UnitBits::MIN, threads, budget: Budget::default() }
+    LayerOptions { unit_bits: UnitBits::MIN, threads, ..LayerOptions::default() }
 }
 
 /// The framing of a tar, and its packs.

@@ -27,6 +27,7 @@ mod intake;
 pub mod known;
 pub mod runs;
 mod sink;
+mod stages;
 mod upper;
 
 use std::borrow::Cow;
@@ -42,6 +43,7 @@ pub use chunks::INLINE_LIMIT;
 pub use compress::ZSTD_LEVEL;
 pub use known::{ChunkTable, Elsewhere, Known};
 pub use sink::{MemorySink, PackSink};
+pub use stages::{STAGES, Stage, Stages, process_time};
 
 use chunks::Chunker;
 use header::{Member, MemberKind};
@@ -57,6 +59,8 @@ pub struct LayerOptions {
     pub threads: usize,
     /// What the layer may cost.
     pub budget: Budget,
+    /// Where the processor time of [`Stage::Compress`] and [`Stage::Write`] is counted.
+    pub stages: Stages,
 }
 
 /// What one layer may cost: an archive of a few bytes can ask for much more than any real layer needs.
@@ -87,7 +91,7 @@ impl Default for LayerOptions {
     /// Default unit size and budget, a compression thread for every core.
     fn default() -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        LayerOptions { unit_bits: UnitBits::DEFAULT, threads, budget: Budget::default() }
+        LayerOptions { unit_bits: UnitBits::DEFAULT, threads, budget: Budget::default(), stages: Stages::default() }
     }
 }
 
@@ -189,7 +193,7 @@ pub fn convert_layer_beside<W: Write>(
     framing: W,
     options: &LayerOptions,
 ) -> Result<Converted<W>, ConvertError> {
-    let ((upper, framing, places), own) = compress::run(sink, options.unit_bits, options.threads, |feeder| {
+    let ((upper, framing, places), own) = compress::run(sink, options, |feeder| {
         let mut archive = Archive::new(reader, framing, options.unit_bits, &options.budget)?;
         let mut upper = Upper::new();
         let mut chunker = Chunker::new(options.unit_bits, feeder, elsewhere);

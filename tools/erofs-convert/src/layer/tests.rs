@@ -13,7 +13,7 @@ use super::*;
 mod beside;
 
 fn options(threads: usize) -> LayerOptions {
-    LayerOptions { unit_bits: UnitBits::MIN, threads, budget: Budget::default() }
+    LayerOptions { unit_bits: UnitBits::MIN, threads, ..LayerOptions::default() }
 }
 
 /// A tar of files with these contents.

@@ -96,7 +96,7 @@ fn archives_of_other_readers_tests_come_out_as_libarchive_unpacks_them_or_are_re
         let refusal = REFUSED.iter().find(|(refused, _)| *refused == name).map(|(_, words)| *words);
         let otherwise = OTHERWISE.iter().any(|(known, _)| *known == name);
         let mut sink = MemorySink::default();
-        let options = LayerOptions { unit_bits: UnitBits::MIN, threads: 1, budget: BUDGET };
+        let options = LayerOptions { unit_bits: UnitBits::MIN, threads: 1, budget: BUDGET, ..LayerOptions::default() };
         let tar = without_oddities(fs::read(archive).unwrap());
         match (convert_layer(&tar[..], &mut sink, &options), refusal) {
             (Err(error), Some(words)) if error.to_string().contains(words) => (),
