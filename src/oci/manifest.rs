@@ -3,6 +3,7 @@
 //! Pure: bytes in, facts out. Labels, annotations and history are never looked at: an image's author does not set our policy.
 
 use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
+use serde_json::Value;
 
 use super::OciError;
 use super::digest::{DiffId, Sha256, chain_ids};
@@ -103,6 +104,21 @@ impl Document {
 /// Registries may answer with a generic content type; only these say something.
 fn is_manifest_type(media_type: &str) -> bool {
     [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST].contains(&media_type)
+}
+
+/// The entries of an index, each with its platform as it stands in the document.
+pub fn entries(index: &ImageIndex, bytes: &[u8]) -> Vec<(Descriptor, Option<Value>)> {
+    #[derive(serde::Deserialize)]
+    struct Platforms {
+        manifests: Vec<Stated>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Stated {
+        platform: Option<Value>,
+    }
+    let stated = serde_json::from_slice::<Platforms>(bytes).map(|document| document.manifests).unwrap_or_default();
+    let stated = stated.into_iter().map(|entry| entry.platform).chain(std::iter::repeat(None));
+    index.manifests().iter().cloned().zip(stated).collect()
 }
 
 /// The platform a descriptor states.
@@ -287,6 +303,16 @@ mod tests {
                 _ => panic!("{document}: {found:?}, expected {expected:?}"),
             }
         }
+    }
+
+    #[test]
+    fn what_an_index_says_of_platforms_is_kept_word_for_word() {
+        let odd = json!({"os": "linux", "architecture": "arm64", "variant": "v8", "os.version": "1", "more": [1]});
+        let index = json!({"schemaVersion": 2, "manifests": [descriptor(OCI_MANIFEST, Some(odd.clone())), descriptor(OCI_MANIFEST, None)]});
+        let bytes = index.to_string().into_bytes();
+        let Ok(Document::Index(index)) = Document::parse("x", None, &bytes) else { panic!("an index") };
+        let stated: Vec<Option<serde_json::Value>> = entries(&index, &bytes).into_iter().map(|(_, stated)| stated).collect();
+        assert_eq!(stated, [Some(odd), None]);
     }
 
     #[test]

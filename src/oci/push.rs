@@ -149,14 +149,22 @@ impl Target {
         }
     }
 
-    /// Puts the manifest under the tag and reads it back. Everything it names must be there.
+    /// Puts the manifest or index under the tag and reads it back. Everything it names must be there.
     pub async fn push_manifest(&self, media_type: &str, bytes: &[u8]) -> Result<Sha256, OciError> {
+        self.push_under(&self.reference.target(), media_type, bytes).await
+    }
+
+    /// The same for a manifest that gets no tag, as an index names it.
+    pub async fn push_untagged(&self, media_type: &str, bytes: &[u8]) -> Result<Sha256, OciError> {
+        self.push_under(&Sha256::of(bytes).oci(), media_type, bytes).await
+    }
+
+    async fn push_under(&self, name: &str, media_type: &str, bytes: &[u8]) -> Result<Sha256, OciError> {
         let digest = Sha256::of(bytes);
-        let tag = self.reference.target();
-        let what = format!("manifest {tag} of {}", self.reference.path());
+        let what = format!("manifest {name} of {}", self.reference.path());
         let mut attempts = self.attempts(&what);
         let response = loop {
-            match self.put_manifest(&tag, media_type, bytes, &what).await {
+            match self.put_manifest(name, media_type, bytes, &what).await {
                 Ok(response) => break response,
                 Err(trouble) => attempts.after(trouble).await?,
             }
@@ -165,7 +173,7 @@ impl Target {
             let detail = format!(": it calls it {:?}, and not {}", other.chars().take(80).collect::<String>(), digest.oci());
             return Err(OciError::Rejected { host: self.endpoint.name().to_owned(), what, detail });
         }
-        let read_back = self.endpoint.manifest(&tag, Some((digest, Some(bytes.len() as u64))), MAX_TRIES).await;
+        let read_back = self.endpoint.manifest(name, Some((digest, Some(bytes.len() as u64))), MAX_TRIES).await;
         read_back.map_err(|error| match error {
             OciError::Damaged { place, what, source } => OciError::Rejected { host: place, what, detail: format!(": {source}") },
             error => error,
@@ -188,8 +196,8 @@ impl Target {
         }
     }
 
-    async fn put_manifest(&self, tag: &str, media_type: &str, bytes: &[u8], what: &str) -> Result<Response, Trouble> {
-        let url = self.endpoint.url(&format!("manifests/{tag}"))?;
+    async fn put_manifest(&self, name: &str, media_type: &str, bytes: &[u8], what: &str) -> Result<Response, Trouble> {
+        let url = self.endpoint.url(&format!("manifests/{name}"))?;
         let request = self.request(Method::PUT, &url).header(CONTENT_TYPE, media_type).body(bytes.to_vec());
         let mut response = request.send().await.map_err(Failure::Transport)?;
         self.judge(&mut response, Some(what)).await?;

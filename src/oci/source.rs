@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use oci_spec::image::{Descriptor, ImageManifest};
+use serde_json::Value;
 
 use super::OciError;
 use super::access::Access;
@@ -44,6 +45,29 @@ pub struct SourceImage {
     /// Layers, lowest first.
     pub layers: Vec<SourceLayer>,
 }
+
+/// The images of a source for all Linux platforms.
+#[derive(Debug)]
+pub struct SourceImages {
+    /// The index that leads to all of them, as it came. `None`: the source is a single manifest, or several entries of a layout.
+    pub index: Option<Vec<u8>>,
+    /// The images, in the order of the index.
+    pub images: Vec<PlatformImage>,
+}
+
+/// One image of a source that may have several.
+#[derive(Debug)]
+pub struct PlatformImage {
+    /// The platform, if it is known.
+    pub platform: Option<Platform>,
+    /// What the index says of the platform, word for word.
+    pub stated: Option<Value>,
+    /// The image, or why it cannot be read.
+    pub image: Result<SourceImage, OciError>,
+}
+
+/// A descriptor from an index, and what that says of the platform.
+type Entry = (Descriptor, Option<Value>);
 
 /// One layer as manifest and configuration describe it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,29 +127,45 @@ impl Source {
 
     /// The images for all Linux platforms, in the order of the index; what is no image is left out. An image that cannot be read does not
     /// keep the others from being given.
-    pub async fn resolve_all(&self) -> Result<Vec<(Option<Platform>, Result<SourceImage, OciError>)>, OciError> {
-        let mut indexes: Vec<Vec<Descriptor>> = Vec::new();
+    pub async fn resolve_all(&self) -> Result<SourceImages, OciError> {
+        let mut indexes: Vec<Vec<Entry>> = Vec::new();
+        let (mut top, mut is_layout_of_one) = (None, false);
         match self {
-            Source::Layout(layout) => indexes.push(layout.entries().await?),
+            Source::Layout(layout) => {
+                let entries: Vec<Entry> = layout.entries().await?.into_iter().map(|entry| (entry, None)).collect();
+                is_layout_of_one = entries.len() == 1;
+                indexes.push(entries);
+            }
             _ => {
                 let (media_type, bytes) = self.root(&Platform::host()).await?;
                 match Document::parse(&self.manifest_name(), media_type.as_deref(), &bytes)? {
-                    Document::Index(index) => indexes.push(index.manifests().clone()),
-                    Document::Manifest(manifest) => return Ok(vec![(None, self.image(&manifest, bytes, None, None).await)]),
+                    Document::Index(index) => {
+                        indexes.push(manifest::entries(&index, &bytes));
+                        top = Some(bytes);
+                    }
+                    Document::Manifest(manifest) => {
+                        let image = self.image(&manifest, bytes, None, None).await;
+                        let platform = image.as_ref().map(|image| image.platform.clone()).ok();
+                        return Ok(SourceImages { index: None, images: vec![PlatformImage { platform, stated: None, image }] });
+                    }
                 }
             }
         }
-        let mut leaves: Vec<Descriptor> = Vec::new();
+        let mut leaves: Vec<Entry> = Vec::new();
         for _ in 0..MAX_DEPTH {
             let mut below = Vec::new();
-            for entry in indexes.iter().flatten() {
-                match manifest::purpose(entry) {
-                    Purpose::Image => leaves.push(entry.clone()),
+            for (entry, stated) in indexes.into_iter().flatten() {
+                match manifest::purpose(&entry) {
+                    Purpose::Image => leaves.push((entry, stated)),
                     Purpose::Index => {
-                        let (media_type, bytes) = self.manifest(entry).await?;
+                        let (media_type, bytes) = self.manifest(&entry).await?;
                         match Document::parse(&self.manifest_name(), media_type.as_deref(), &bytes)? {
-                            Document::Index(index) => below.push(index.manifests().clone()),
-                            Document::Manifest(_) => leaves.push(entry.clone()),
+                            Document::Index(index) => {
+                                below.push(manifest::entries(&index, &bytes));
+                                // What leads to it is the layout's own list.
+                                top = top.or(is_layout_of_one.then_some(bytes));
+                            }
+                            Document::Manifest(_) => leaves.push((entry, stated)),
                         }
                     }
                     Purpose::Other => {}
@@ -136,13 +176,13 @@ impl Source {
         if !indexes.is_empty() {
             return Err(self.too_deep());
         }
-        self.images(leaves).await
+        Ok(SourceImages { index: top, images: self.images(leaves).await? })
     }
 
     /// The images of manifests, each platform once.
-    async fn images(&self, leaves: Vec<Descriptor>) -> Result<Vec<(Option<Platform>, Result<SourceImage, OciError>)>, OciError> {
-        let mut found: Vec<(Option<Platform>, Result<SourceImage, OciError>)> = Vec::new();
-        for entry in leaves {
+    async fn images(&self, leaves: Vec<Entry>) -> Result<Vec<PlatformImage>, OciError> {
+        let mut found: Vec<PlatformImage> = Vec::new();
+        for (entry, in_its_words) in leaves {
             let stated = manifest::platform_of(&entry);
             let read = async {
                 let (media_type, bytes) = self.manifest(&entry).await?;
@@ -154,8 +194,8 @@ impl Source {
             let image = read.await;
             let platform = image.as_ref().map(|image| image.platform.clone()).ok().or(stated);
             let is_other = platform.as_ref().is_some_and(|platform| platform.os != "linux");
-            if !is_other && (platform.is_none() || found.iter().all(|(other, _)| *other != platform)) {
-                found.push((platform, image));
+            if !is_other && (platform.is_none() || found.iter().all(|other| other.platform != platform)) {
+                found.push(PlatformImage { platform, stated: in_its_words, image });
             }
         }
         if found.is_empty() {

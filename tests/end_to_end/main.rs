@@ -114,6 +114,21 @@ fn a_compact_target_starts_lazily_where_the_store_is_and_is_refused_elsewhere() 
 }
 
 #[test]
+fn of_a_target_for_several_platforms_a_node_starts_its_own() {
+    require_everything!();
+    let world = World::new("platforms");
+    let elsewhere = Image::new().layer(&images::extra(), Compression::Gzip).architecture("riscv64");
+    let (source, built) = world.push_index("many", &[elsewhere, images::full()]);
+    let target = world.registry.reference("test/many:acc");
+    let args = ["--all-platforms", "--target", &target];
+    let done = world.converter.command(&source, &world.store).expect("a converter").args(args).output().expect("a conversion");
+    assert!(done.status.success(), "{done:?}");
+    let node = world.node();
+    assert_eq!(node.pull(&world, &target, &built[1]), [""; 0], "no layer is fetched");
+    assert_eq!(node.containerd.run(&target, &["/bin/cat", "/etc/motd"]).expect("a container"), "from the top\n");
+}
+
+#[test]
 fn an_image_that_was_never_converted_is_pulled_the_ordinary_way() {
     require_everything!();
     let world = World::new("plain");

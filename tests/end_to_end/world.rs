@@ -33,6 +33,14 @@ impl World {
         (reference, built)
     }
 
+    /// The same for an image of several platforms.
+    pub fn push_index(&self, name: &str, images: &[Image]) -> (String, Vec<BuiltImage>) {
+        let built = self.layout.add_index(name, images).expect("an index");
+        let reference = self.registry.reference(&format!("test/{name}:1"));
+        self.layout.push(name, &reference).expect("a push");
+        (reference, built)
+    }
+
     /// [`World::push`], then converts it into the store.
     pub fn push_converted(&self, name: &str, image: &Image) -> (String, BuiltImage) {
         let pushed = self.push(name, image);

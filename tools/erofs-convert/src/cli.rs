@@ -128,8 +128,8 @@ pub struct Convert {
     #[arg(long, conflicts_with = "platform")]
     pub all_platforms: bool,
     /// Push the image under this name too when it is converted, with a manifest that says what it was made from. Layers in the same registry
-    /// are taken over, others copied
-    #[arg(long, value_name = "REFERENCE", conflicts_with = "all_platforms")]
+    /// are taken over, others copied. With --all-platforms the name is that of an index of them all
+    #[arg(long, value_name = "REFERENCE")]
     pub target: Option<String>,
     /// What the target holds
     #[arg(long, value_name = "KIND", default_value = "portable", requires = "target")]
@@ -303,6 +303,7 @@ mod tests {
             "erofs-convert convert debian:12 --store /s --all-platforms --ca /a --ca /b --hosts-dir /h",
             "erofs-convert convert debian:12 --store /s --target example.com/debian:12-acc",
             "erofs-convert convert debian:12 --store /s --target example.com/debian:12-acc --target-kind compact",
+            "erofs-convert convert a --store /s --all-platforms --target b",
             "erofs-convert ls --store /s --json",
             "erofs-convert ls --store /s -o text -q",
             "erofs-convert --progress json show debian:12 --store /s --output json",
@@ -319,7 +320,6 @@ mod tests {
             "erofs-convert",
             "erofs-convert convert --store /s",
             "erofs-convert convert a --store /s --all-platforms --platform linux/arm64",
-            "erofs-convert convert a --store /s --all-platforms --target b",
             "erofs-convert convert a --store /s --target b --target-kind small",
             "erofs-convert convert a --store /s --target-kind compact",
             "erofs-convert convert a --store /s -j 0",

@@ -149,7 +149,12 @@ pub enum Failure {
         source: Box<OciError>,
     },
     /// Some platforms of an image could not be converted; the others are.
-    #[error("{image}: {} of {count} platforms failed ({}), the others are converted", .failed.len(), .failed.join(", "))]
+    #[error(
+        "{image}: {} of {count} platforms failed ({}), the others are converted{}",
+        .failed.len(),
+        .failed.join(", "),
+        .target.iter().map(|target| format!(", but {target} was not pushed, as it would lack some")).collect::<String>()
+    )]
     Platforms {
         /// The image.
         image: String,
@@ -157,6 +162,8 @@ pub enum Failure {
         failed: Vec<String>,
         /// How many there are.
         count: usize,
+        /// What should have been pushed.
+        target: Option<String>,
         /// Why the first of them failed.
         #[source]
         first: Box<Failure>,

@@ -8,8 +8,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use erofs_convert::check::{self, Differences};
+use erofs_convert::convert::platforms::convert_all;
 use erofs_convert::convert::target::TargetOptions;
-use erofs_convert::convert::{self, Context, Options, convert, report};
+use erofs_convert::convert::{Context, Options, convert, report};
 use erofs_convert::export;
 use erofs_convert::failure::Failure;
 use erofs_convert::inspect;
@@ -85,7 +86,7 @@ fn run(command: Command, runtime: &tokio::runtime::Handle, progress: &Progress) 
                 args.target.as_deref().map(|text| TargetOptions::parse(text, args.target_kind.into(), &args.source.access(), &source)).transpose()?;
             let options = Options { source, platform, store: args.store.store, state, key, jobs, target };
             if args.all_platforms {
-                let done = convert::convert_all(&context, &options)?;
+                let done = convert_all(&context, &options)?;
                 print(&report::all_text(&name, &done), args.output.json().then(|| report::all_json(&name, &done)))?;
                 return report::all_failure(&name, done);
             }

@@ -116,6 +116,83 @@ fn a_compact_target_is_a_few_kilobytes_and_the_same_every_time() {
     assert!(ground.run(&["show", &source]).out.contains(&format!("compact   {diff_id}\n")));
 }
 
+fn raw(reference: &str) -> String {
+    testbed::run("skopeo", ["--insecure-policy", "inspect", "--tls-verify=false", "--raw", &format!("docker://{reference}")]).unwrap()
+}
+
+#[test]
+fn all_platforms_are_one_target_and_everybody_finds_theirs() {
+    require!(need::command("docker-registry"), need::command("skopeo"));
+    let ground = Ground::new("target-platforms");
+    let registry = Registry::start(&ground.scratch.join("registry")).unwrap();
+    let [bottom, middle, _] = everything_layers();
+    let images = [("amd64", &bottom), ("arm64", &middle)].map(|(cpu, layer)| Image::new().layer(layer, Compression::Gzip).architecture(cpu));
+    let built = ground.layout.add_index("1", &images).unwrap();
+    let source = registry.reference("team/app:1");
+    ground.layout.push("1", &source).unwrap();
+    for kind in ["portable", "compact"] {
+        let target = registry.reference(&format!("lazy/app:{kind}"));
+        let args = ["convert", &source, "--all-platforms", "--target", &target, "--target-kind", kind];
+        let mark = registry.mark();
+        let run = ground.run(&[&args[..], &["--json"]].concat());
+        assert_eq!(run.code, 0, "{}", run.err);
+        let puts: Vec<String> = registry.requests(mark).into_iter().filter(|r| r.starts_with("PUT ") && r.contains("/manifests/")).collect();
+        assert!(puts.len() == 3 && puts[2].ends_with(&format!("/{kind}")), "the index comes last and only it has a tag: {puts:?}");
+        let done = run.json();
+        let text = raw(&target);
+        let index: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(done[0]["target"]["index"], json!(testbed::sha256(text.as_bytes())));
+        let source_digest = testbed::sha256(raw(&source).as_bytes());
+        let made_from = format!("{}@{source_digest}", registry.reference("team/app"));
+        assert_eq!(index["annotations"], json!({"containerd.io/snapshot/slipway.source": made_from}));
+        for (i, cpu) in ["amd64", "arm64"].into_iter().enumerate() {
+            let entry = &index["manifests"][i];
+            assert_eq!(entry["platform"], json!({"architecture": cpu, "os": "linux"}));
+            assert_eq!((&entry["digest"], &done[i]["target"]["index"]), (&done[i]["target"]["digest"], &done[0]["target"]["index"]));
+            let theirs = ["--insecure-policy", "--override-arch", cpu, "inspect", "--config", "--tls-verify=false", &format!("docker://{target}")];
+            let config: Value = serde_json::from_str(&testbed::run("skopeo", theirs).unwrap()).unwrap();
+            let ours = ground.run(&["convert", &target, "--platform", &format!("linux/{cpu}"), "--json"]);
+            if kind == "portable" {
+                assert_eq!(config["rootfs"]["diff_ids"], json!(built[i].diff_ids));
+                assert_eq!((ours.code, &ours.json()["chain"]), (0, &json!(built[i].top_chain())), "{}", ours.err);
+            } else {
+                assert_eq!(config["architecture"], cpu);
+                ours.assert_failed(1, &["compact", &built[i].manifest.digest]);
+            }
+        }
+        let roots = ground.list_json();
+        let named = roots["images"].as_array().unwrap().iter().filter(|image| image["target"] == json!(target)).count();
+        assert_eq!(named, 2, "{roots}");
+        let text = ground.run(&args).out;
+        let digest = done[0]["target"]["index"].as_str().unwrap();
+        assert!(text.ends_with(&format!("{target}@{digest}: index of 2 platforms\n")), "the same index again: {text}");
+    }
+}
+
+#[test]
+fn a_platform_that_fails_leaves_the_tag_as_it_was() {
+    require!(need::command("docker-registry"), need::command("skopeo"));
+    let ground = Ground::new("target-failed");
+    let registry = Registry::start(&ground.scratch.join("registry")).unwrap();
+    let [bottom, middle, _] = everything_layers();
+    let images = [("amd64", &bottom), ("arm64", &middle)].map(|(cpu, layer)| Image::new().layer(layer, Compression::Gzip).architecture(cpu));
+    let built = ground.layout.add_index("1", &images).unwrap();
+    fs::write(ground.layout.blob(&built[0].layers[0].digest), b"not what it was").unwrap();
+    let target = registry.reference("lazy/app:acc");
+    let mark = registry.mark();
+    let run = ground.run(&["convert", "oci:img:1", "--all-platforms", "--target", &target, "--json"]);
+    assert_eq!(run.code, 6, "{}", run.err);
+    for part in ["1 of 2 platforms failed (linux/amd64)", "the others are converted", &format!("{target} was not pushed")] {
+        assert!(run.err.contains(part), "{part} is not in: {}", run.err);
+    }
+    let done = run.json();
+    assert!(done[0]["error"].is_string() && done[1]["target"]["index"].is_null(), "{done}");
+    let asked = registry.requests(mark);
+    assert!(asked.iter().any(|r| r.starts_with("PUT ") && r.ends_with(done[1]["target"]["digest"].as_str().unwrap())), "{asked:?}");
+    assert!(!asked.iter().any(|r| r.ends_with("/manifests/acc")), "{asked:?}");
+    assert!(ground.list_json()["images"][0]["target"].is_null(), "there is none of that name");
+}
+
 #[test]
 fn without_the_right_to_push_the_image_is_converted_and_the_next_run_only_pushes() {
     require!(need::command("docker-registry"), need::command("skopeo"));

@@ -51,7 +51,7 @@ pub use daemon::{Daemon, run, wait_until};
 pub use dead_address::DeadAddress;
 pub use files::{Noise, files_below, noise};
 pub use guest::GuestKernel;
-pub use layer::{Compression, Entry, EntryKind, Layer, LayerBlob};
+pub use layer::{Compression, Entry, EntryKind, Layer, LayerBlob, sha256};
 pub use layout::{BuiltImage, Image, Layout};
 pub use loop_fs::LoopFs;
 pub use mounts::{is_anything_mounted_below, is_mounted, unmount_below};

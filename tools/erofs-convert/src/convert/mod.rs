@@ -7,6 +7,7 @@
 pub(crate) mod compact;
 pub mod cost;
 mod layer_job;
+pub mod platforms;
 mod publish;
 pub mod report;
 mod reuse;
@@ -39,7 +40,7 @@ use compact::CompactLayer;
 use cost::{Cost, Meter};
 use layer_job::LayerJob;
 pub(crate) use layer_job::layer_failure;
-use target::{PushedTarget, TargetKind, TargetOptions};
+use target::{PushedTarget, TargetKind, TargetOptions, Under};
 
 /// What to convert and where to.
 #[derive(Clone, Debug)]
@@ -95,41 +96,12 @@ struct Finished {
     reused: bool,
 }
 
-/// One platform of an image, converted or not.
-#[derive(Debug)]
-pub struct Outcome {
-    /// The platform, if it is known.
-    pub platform: Option<Platform>,
-    /// What became of it.
-    pub result: Result<Converted, Failure>,
-}
-
 /// Converts an image.
 pub fn convert(context: &Context<'_>, options: &Options) -> Result<Converted, Failure> {
     let started = Instant::now();
     needs_new_store(options)?;
     let image = stop::wait(context.runtime, context.stop, options.source.resolve(&options.platform))??;
-    convert_image(context, options, image, started)
-}
-
-/// Converts an image for every Linux platform it has, one after the other. A platform that fails does not keep the next from being
-/// converted.
-pub fn convert_all(context: &Context<'_>, options: &Options) -> Result<Vec<Outcome>, Failure> {
-    needs_new_store(options)?;
-    let images = stop::wait(context.runtime, context.stop, options.source.resolve_all())??;
-    let mut outcomes = Vec::new();
-    for (platform, image) in images {
-        let started = Instant::now();
-        let result = match image {
-            Ok(image) => convert_image(context, options, image, started),
-            Err(error) => Err(error.into()),
-        };
-        match result {
-            Err(Failure::Stopped) if context.stop.is_cancelled() => return Err(Failure::Stopped),
-            result => outcomes.push(Outcome { platform, result }),
-        }
-    }
-    Ok(outcomes)
+    convert_image(context, options, image, started, Under::Tag)
 }
 
 /// Whether the store is yet to be made; that it can be is found out before anything is downloaded.
@@ -142,7 +114,8 @@ fn needs_new_store(options: &Options) -> Result<bool, Failure> {
     }
 }
 
-fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, started: Instant) -> Result<Converted, Failure> {
+/// Converts an image and pushes its target, if one is wanted, `under` its tag or for an index to come.
+fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, started: Instant, under: Under) -> Result<Converted, Failure> {
     let (meter, new_store) = (Meter::start(), needs_new_store(options)?);
     if image.layers.is_empty() {
         return Err(Failure::NoLayers { image: image.name });
@@ -191,9 +164,11 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
             root.compact.push(chain);
             store.put_image(&root)?;
         }
-        let pushed = target::push(context, options_of_it, &options.source, &image, compact.as_ref())?;
-        root.target = Some(pushed.reference.clone());
-        store.put_image(&root)?;
+        let pushed = target::push(context, options_of_it, &options.source, &image, compact.as_ref(), under)?;
+        if under == Under::Tag {
+            root.target = Some(pushed.reference.clone());
+            store.put_image(&root)?;
+        }
         target = Some(pushed);
     }
     Ok(Converted { root, reused, packs, target, seconds: started.elapsed().as_secs_f64(), cost: meter.cost() })

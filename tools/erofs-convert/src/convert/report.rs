@@ -3,8 +3,9 @@
 use serde_json::{Value, json};
 use slipway::oci::push::Pushed;
 
+use super::Converted;
+use super::platforms::{AllConverted, Outcome};
 use super::target::PushedTarget;
-use super::{Converted, Outcome};
 use crate::failure::Failure;
 use crate::printable::printable;
 use crate::progress::bytes;
@@ -66,6 +67,7 @@ fn target_json(target: &PushedTarget) -> Value {
         "reference": target.reference,
         "kind": target.kind.word(),
         "digest": target.digest.oci(),
+        "index": target.index.map(|index| index.oci()),
         "present": count(Pushed::Present),
         "mounted": count(Pushed::Mounted),
         "sent": count(Pushed::Sent),
@@ -74,18 +76,22 @@ fn target_json(target: &PushedTarget) -> Value {
 }
 
 /// All platforms of an image, for people.
-pub fn all_text(source: &str, outcomes: &[Outcome]) -> String {
+pub fn all_text(source: &str, all: &AllConverted) -> String {
     let one = |outcome: &Outcome| match &outcome.result {
         Ok(done) => text(done),
         Err(failure) => {
             format!("{} ({})\n  failed    {}\n", printable(source), printable(&platform(outcome)), failure.report().trim_start_matches("error: "))
         }
     };
-    outcomes.iter().map(one).collect()
+    let index = match (&all.target, &all.index) {
+        (Some(target), Some(Ok(digest))) => format!("{}@{}: index of {} platforms\n", printable(target), digest.oci(), all.outcomes.len()),
+        _ => String::new(),
+    };
+    all.outcomes.iter().map(one).chain([index]).collect()
 }
 
 /// All platforms of an image, for programs: what [`json`] says of each, or why it failed.
-pub fn all_json(source: &str, outcomes: &[Outcome]) -> Value {
+pub fn all_json(source: &str, all: &AllConverted) -> Value {
     let one = |outcome: &Outcome| match &outcome.result {
         Ok(done) => json(done),
         Err(failure) => {
@@ -93,11 +99,12 @@ pub fn all_json(source: &str, outcomes: &[Outcome]) -> Value {
             json!({"source": source, "platform": outcome.platform.as_ref().map(ToString::to_string), "error": error.trim_start_matches("error: ")})
         }
     };
-    outcomes.iter().map(one).collect()
+    all.outcomes.iter().map(one).collect()
 }
 
-/// The failure of the command, if a platform failed.
-pub fn all_failure(source: &str, outcomes: Vec<Outcome>) -> Result<(), Failure> {
+/// The failure of the command, if a platform failed, or their index.
+pub fn all_failure(source: &str, all: AllConverted) -> Result<(), Failure> {
+    let AllConverted { outcomes, target, index } = all;
     let count = outcomes.len();
     let mut failed = Vec::new();
     let mut first = None;
@@ -109,8 +116,8 @@ pub fn all_failure(source: &str, outcomes: Vec<Outcome>) -> Result<(), Failure> 
         }
     }
     match first {
-        None => Ok(()),
-        Some(first) => Err(Failure::Platforms { image: source.to_owned(), failed, count, first: Box::new(first) }),
+        None => index.map_or(Ok(()), |pushed| pushed.map(drop)),
+        Some(first) => Err(Failure::Platforms { image: source.to_owned(), failed, count, target, first: Box::new(first) }),
     }
 }
 

@@ -57,15 +57,28 @@ impl TargetKind {
     }
 }
 
+/// The name a manifest is pushed under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Under {
+    /// The target's tag.
+    Tag,
+    /// Its own digest: the tag will be an index's.
+    Digest,
+}
+
 /// A target that was pushed.
 #[derive(Clone, Debug)]
 pub struct PushedTarget {
-    /// Its name.
+    /// Its name; of one of several platforms, its repository.
     pub reference: String,
     /// What is in it.
     pub kind: TargetKind,
     /// Digest of its manifest.
     pub digest: Sha256,
+    /// Bytes of its manifest.
+    pub size: u64,
+    /// Of one of several platforms: the digest of the index that has the tag, once it is there.
+    pub index: Option<Sha256>,
     /// How each blob came there, with its length: layers from the lowest, the configuration last.
     pub blobs: Vec<(Pushed, u64)>,
 }
@@ -95,6 +108,7 @@ pub(super) fn push(
     source: &Source,
     image: &SourceImage,
     compact: Option<&CompactLayer>,
+    under: Under,
 ) -> Result<PushedTarget, Failure> {
     let target = Target::new(options.reference.clone(), &options.access, source)?;
     let failed = |error: OciError| Failure::Push { image: image.name.clone(), target: options.reference.to_string(), source: Box::new(error) };
@@ -121,8 +135,18 @@ pub(super) fn push(
         send(format!("pushing layer {}/{count}", i + 1), digest, size, content)?;
     }
     send("pushing the configuration".to_owned(), Sha256::of(&config), config.len() as u64, Content::Bytes(&config))?;
-    let digest = stop::wait(context.runtime, context.stop, target.push_manifest(OCI_MANIFEST, &manifest))?.map_err(failed)?;
-    Ok(PushedTarget { reference: options.reference.to_string(), kind: options.kind, digest, blobs })
+    let push = async {
+        match under {
+            Under::Tag => target.push_manifest(OCI_MANIFEST, &manifest).await,
+            Under::Digest => target.push_untagged(OCI_MANIFEST, &manifest).await,
+        }
+    };
+    let digest = stop::wait(context.runtime, context.stop, push)?.map_err(failed)?;
+    let reference = match under {
+        Under::Tag => options.reference.to_string(),
+        Under::Digest => format!("{}/{}", options.reference.domain(), options.reference.path()),
+    };
+    Ok(PushedTarget { reference, kind: options.kind, digest, size: manifest.len() as u64, index: None, blobs })
 }
 
 /// The source's manifest, as JSON.
@@ -171,7 +195,7 @@ fn portable(source: &Source, image: &SourceImage) -> Result<Documents, OciError>
     Ok(Documents { config: image.config_bytes.clone(), manifest: manifest.to_string().into_bytes() })
 }
 
-fn annotations_of(document: &Value) -> Map<String, Value> {
+pub(super) fn annotations_of(document: &Value) -> Map<String, Value> {
     document["annotations"].as_object().cloned().unwrap_or_default()
 }
 
