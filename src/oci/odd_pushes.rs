@@ -3,6 +3,8 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
 use super::odd_registry::{Reply, Request, Sample, Server};
 use super::push::{Content, Pushed};
 use super::{Access, OciError, Sha256, Source, Target};
@@ -21,7 +23,7 @@ fn target(server: &Server) -> Target {
 }
 
 async fn push(server: &Server) -> Result<Pushed, OciError> {
-    target(server).push_blob(Sha256::of(BLOB), BLOB.len() as u64, Content::Bytes(BLOB)).await
+    target(server).push_blob(Sha256::of(BLOB), BLOB.len() as u64, Content::Bytes(BLOB), &|_| ()).await
 }
 
 /// Method and path of every request, without the host's.
@@ -95,9 +97,49 @@ async fn a_broken_upload_begins_anew() {
         }
     };
     let server = registry(post, put).await;
-    assert_eq!(push(&server).await.unwrap(), Pushed::Sent);
+    let told = Mutex::new(Vec::new());
+    let sent = |bytes| told.lock().unwrap().push(bytes);
+    let pushed = target(&server).push_blob(Sha256::of(BLOB), BLOB.len() as u64, Content::Bytes(BLOB), &sent).await;
+    assert_eq!(pushed.unwrap(), Pushed::Sent);
+    let told = told.into_inner().unwrap();
+    assert_eq!((told.iter().filter(|bytes| **bytes == 0).count(), told[0], told.last()), (4, 0, Some(&(BLOB.len() as u64))), "{told:?}");
     let puts: Vec<String> = asked(&server).into_iter().filter(|r| r.starts_with("PUT")).map(|r| r.chars().take(20).collect()).collect();
     assert_eq!(puts, ["PUT blobs/uploads/2?", "PUT blobs/uploads/3?", "PUT blobs/uploads/4?", "PUT blobs/uploads/5?"]);
+}
+
+/// A registry that takes a blob's bytes only once it is known that some of them have gone.
+#[tokio::test]
+async fn an_upload_under_way_says_how_far_it_is() {
+    // More than the kernel takes before anybody reads.
+    let blob = vec![7; 64 << 20];
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let reference = format!("{}/new/app:acc", listener.local_addr().unwrap()).parse().unwrap();
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(stream.read_u8().await.unwrap());
+            }
+            let answer = match head[0] {
+                b'H' => "404 x",
+                b'P' if head.starts_with(b"POST") => "202 x\r\nLocation: /u",
+                _ => {
+                    assert_eq!(told.recv().await, Some(0));
+                    let some = told.recv().await.unwrap();
+                    assert!(0 < some && some < 64 << 20, "{some}");
+                    stream.read_exact(&mut vec![0; 64 << 20]).await.unwrap();
+                    "201 x"
+                }
+            };
+            stream.write_all(format!("HTTP/1.1 {answer}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").as_bytes()).await.unwrap();
+        }
+    });
+    let source = Source::parse("example.com/team/app:1", &Access::default()).unwrap();
+    let target = Target::new(reference, &Access::default(), &source).unwrap();
+    let sent = |bytes| tell.send(bytes).unwrap_or_default();
+    let pushed = target.push_blob(Sha256::of(&blob), blob.len() as u64, Content::Bytes(&blob), &sent).await;
+    assert_eq!(pushed.unwrap(), Pushed::Sent);
 }
 
 /// The time that sending takes was once counted as silence, so layers that took longer than that were never pushed.
@@ -195,7 +237,7 @@ async fn a_damaged_layer_is_never_sent_to_its_end() {
     let reference = format!("127.0.0.1:{}/new/app:acc", to.port).parse().unwrap();
     let target = Target::new(reference, &Access::default(), &source).unwrap();
     let layer = sample.source_layer();
-    let error = target.push_blob(layer.digest, layer.size, Content::Layer(&source, &layer)).await.unwrap_err();
+    let error = target.push_blob(layer.digest, layer.size, Content::Layer(&source, &layer), &|_| ()).await.unwrap_err();
     assert!(matches!(error, OciError::Damaged { .. }), "{error:?}");
     assert_eq!(*complete.lock().unwrap(), 0, "no request ever ended");
 }

@@ -7,7 +7,7 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
@@ -29,7 +29,9 @@ use super::{OciError, hosts, tls};
 const MAX_LOGINS: u32 = 2;
 /// Longest time in which an upload gets nowhere: more than a source may take that is asked again and again, and than a registry needs to
 /// take over what it got.
-const STALL: Duration = if cfg!(test) { Duration::from_secs(3) } else { Duration::from_secs(300) };
+const STALL: Duration = if cfg!(test) { Duration::from_secs(5) } else { Duration::from_secs(300) };
+/// How often a running upload is looked at: often enough for a bar that moves, seldom enough to cost nothing.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Bytes sent at once.
 const PIECE: usize = 128 << 10;
 
@@ -51,6 +53,9 @@ pub enum Content<'a> {
     /// They are a layer of a source.
     Layer(&'a Source, &'a SourceLayer),
 }
+
+/// Who is told how many bytes of an upload have been handed to the network.
+pub type Sent<'a> = &'a (dyn Fn(u64) + Sync);
 
 /// How a blob came to be in the repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,8 +129,9 @@ impl Target {
         &self.reference
     }
 
-    /// Sees to it that the repository has the blob `digest` of `size` bytes.
-    pub async fn push_blob(&self, digest: Sha256, size: u64, content: Content<'_>) -> Result<Pushed, OciError> {
+    /// Sees to it that the repository has the blob `digest` of `size` bytes. While it is uploaded `sent` is told how many of them have gone; 0 when
+    /// an upload begins, be it anew.
+    pub async fn push_blob(&self, digest: Sha256, size: u64, content: Content<'_>, sent: Sent<'_>) -> Result<Pushed, OciError> {
         let what = self.endpoint.blob_name(digest);
         let mut attempts = self.attempts(&what);
         loop {
@@ -138,7 +144,7 @@ impl Target {
         let mut mount_from = self.mount_from.as_deref();
         attempts = self.attempts(&what);
         loop {
-            match self.upload(digest, size, content, mount_from, &what).await {
+            match self.upload((digest, size), content, mount_from, &what, sent).await {
                 Ok(pushed) => return Ok(pushed),
                 Err(trouble) => match attempts.after(trouble).await {
                     // Without the right to pull from the source's repository there is no mount, but perhaps an upload.
@@ -205,7 +211,14 @@ impl Target {
     }
 
     /// One upload from its beginning.
-    async fn upload(&self, digest: Sha256, size: u64, content: Content<'_>, mount_from: Option<&str>, what: &str) -> Result<Pushed, Trouble> {
+    async fn upload(
+        &self,
+        (digest, size): (Sha256, u64),
+        content: Content<'_>,
+        mount_from: Option<&str>,
+        what: &str,
+        sent: Sent<'_>,
+    ) -> Result<Pushed, Trouble> {
         let mut url = self.endpoint.url("blobs/uploads/")?;
         if let Some(from) = mount_from {
             url.query_pairs_mut().append_pair("mount", &digest.oci()).append_pair("from", from);
@@ -228,16 +241,16 @@ impl Target {
             .header(CONTENT_TYPE, "application/octet-stream")
             .header(CONTENT_LENGTH, size)
             .body(body);
-        let sent = unless_stalled(request.send(), &watch.sent).await;
+        let answer = unless_stalled(request.send(), &watch.sent, sent).await;
         // What kept us from sending is the reason, whatever the registry made of it.
         let ours = watch.broken.lock().expect("no panic while the error is held").take();
         if let Some(error) = ours {
             return Err(from_source(error, content, what));
         }
-        let Some(sent) = sent else {
+        let Some(answer) = answer else {
             return Err(Failure::Short { detail: format!("; the upload got nowhere for {} seconds", STALL.as_secs()) }.into());
         };
-        let mut response = sent.map_err(Failure::Transport)?;
+        let mut response = answer.map_err(Failure::Transport)?;
         self.judge(&mut response, Some(what)).await?;
         Ok(Pushed::Sent)
     }
@@ -314,20 +327,27 @@ fn location(asked: &Url, response: &Response) -> Result<Url, Failure> {
 /// What is known of a body that is being sent.
 #[derive(Default)]
 struct Watch {
-    /// Pieces taken from it.
+    /// Bytes taken from it.
     sent: AtomicU64,
     /// What went wrong with it.
     broken: Mutex<Option<io::Error>>,
 }
 
-/// The answer, or `None` if nothing was sent for too long.
-async fn unless_stalled<T>(answer: impl Future<Output = T>, sent: &AtomicU64) -> Option<T> {
+/// The answer, or `None` if nothing was sent for too long. `tell` hears what was sent, from 0 on.
+async fn unless_stalled<T>(answer: impl Future<Output = T>, sent: &AtomicU64, tell: Sent<'_>) -> Option<T> {
     let mut answer = std::pin::pin!(answer);
+    let (mut told, mut moved) = (0, Instant::now());
+    tell(0);
     loop {
-        let before = sent.load(Ordering::Relaxed);
-        match tokio::time::timeout(STALL, &mut answer).await {
+        let answer = tokio::time::timeout(LOOK_EVERY, &mut answer).await;
+        let now = sent.load(Ordering::Relaxed);
+        if now != told {
+            (told, moved) = (now, Instant::now());
+            tell(now);
+        }
+        match answer {
             Ok(answer) => return Some(answer),
-            Err(_) if sent.load(Ordering::Relaxed) == before => return None,
+            Err(_) if moved.elapsed() >= STALL => return None,
             Err(_) => {}
         }
     }
@@ -340,7 +360,7 @@ fn outgoing(stream: BlobStream, check: Check) -> (Body, Arc<Watch>) {
     let pieces = stream::try_unfold(state, |(mut pieces, mut check, held, watch)| async move {
         match next_piece(&mut pieces, &mut check, held).await {
             Ok(Some((piece, held))) => {
-                watch.sent.fetch_add(1, Ordering::Relaxed);
+                watch.sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
                 Ok(Some((piece, (pieces, check, held, watch))))
             }
             Ok(None) => Ok(None),

@@ -70,7 +70,17 @@ impl Progress {
 
     /// Layer `number` of `count`, of `total` blob bytes, begins.
     pub fn layer(&self, number: usize, count: usize, digest: Sha256, total: u64) -> LayerProgress<'_> {
-        let title = layer_title(number, count, digest);
+        let event = json!({"event": "layer", "layer": number, "layers": count, "digest": digest.oci(), "size": total});
+        self.begin(layer_title(number, count, digest), event, total)
+    }
+
+    /// The same for sending it to a registry.
+    pub fn push(&self, number: usize, count: usize, digest: Sha256, total: u64) -> LayerProgress<'_> {
+        let event = json!({"event": "push", "layer": number, "layers": count, "digest": digest.oci(), "size": total});
+        self.begin(push_title(number, count, digest), event, total)
+    }
+
+    fn begin(&self, title: String, event: Value, total: u64) -> LayerProgress<'_> {
         let bar = match self {
             Progress::Bars(bars) => {
                 let template = "{prefix:36!} [{bar:30}] {bytes:>10}/{total_bytes} {binary_bytes_per_sec:>12} {eta:>4}";
@@ -85,7 +95,6 @@ impl Progress {
             }
             Progress::Events | Progress::Silent => None,
         };
-        let event = json!({"event": "layer", "layer": number, "layers": count, "digest": digest.oci(), "size": total});
         let now = Instant::now();
         let layer = LayerProgress { progress: self, title, event, total, done: AtomicU64::new(0), started: now, last_line: Mutex::new(now), bar };
         layer.event("started", 0);
@@ -98,6 +107,11 @@ pub fn layer_title(number: usize, count: usize, digest: Sha256) -> String {
     format!("layer {number}/{count} {}", &digest.to_string()[..12])
 }
 
+/// How messages call the sending of a layer.
+pub fn push_title(number: usize, count: usize, digest: Sha256) -> String {
+    format!("pushing {}", layer_title(number, count, digest))
+}
+
 impl Default for Progress {
     fn default() -> Self {
         Progress::new()
@@ -107,9 +121,18 @@ impl Default for Progress {
 impl LayerProgress<'_> {
     /// More bytes of the blob were read.
     pub fn advance(&self, more: u64) {
-        let done = self.done.fetch_add(more, Ordering::Relaxed) + more;
+        self.show(self.done.fetch_add(more, Ordering::Relaxed) + more);
+    }
+
+    /// So many bytes of it were sent: fewer than before if sending began anew.
+    pub fn reach(&self, done: u64) {
+        self.done.store(done, Ordering::Relaxed);
+        self.show(done);
+    }
+
+    fn show(&self, done: u64) {
         if let Some(bar) = &self.bar {
-            bar.inc(more);
+            bar.set_position(done);
             return;
         }
         let every = if let Progress::Events = self.progress { EVENT_EVERY } else { LINE_EVERY };
@@ -125,13 +148,22 @@ impl LayerProgress<'_> {
 
     /// The layer is done.
     pub fn finish(self) {
+        self.end("done");
+    }
+
+    /// The layer is sent.
+    pub fn finish_push(self) {
+        self.end(&format!("{} sent", bytes(self.total)));
+    }
+
+    fn end(&self, what: &str) {
         let seconds = self.started.elapsed().as_secs_f64();
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
         match self.progress {
             Progress::Events => self.event("done", self.done.load(Ordering::Relaxed)),
-            progress => progress.say(&format!("{}: done in {seconds:.1} s", self.title)),
+            progress => progress.say(&format!("{}: {what} in {seconds:.1} s", self.title)),
         }
     }
 

@@ -116,6 +116,34 @@ fn a_compact_target_is_a_few_kilobytes_and_the_same_every_time() {
     assert!(ground.run(&["show", &source]).out.contains(&format!("compact   {diff_id}\n")));
 }
 
+#[test]
+fn the_progress_of_a_push_is_shown_like_that_of_a_conversion() {
+    require!(need::command("docker-registry"), need::command("skopeo"));
+    let ground = Ground::new("target-progress");
+    let registry = Registry::start(&ground.scratch.join("registry")).unwrap();
+    let built = ground.layout.add("1", &everything()).unwrap();
+    let convert = |tag: &str, show: &str| {
+        let run = ground.run(&["convert", "oci:img:1", "--target", &registry.reference(&format!("{tag}:1")), "--progress", show]);
+        assert_eq!(run.code, 0, "{}", run.err);
+        run.err
+    };
+    let events: Vec<Value> = convert("a/json", "json").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let pushes = || events.iter().filter(|event| event["event"] == "push");
+    for (number, layer) in (1u64..).zip(&built.layers) {
+        let of_it: Vec<&Value> = pushes().filter(|event| event["layer"] == json!(number)).collect();
+        let (first, last) = (of_it.first().unwrap(), of_it.last().unwrap());
+        assert_eq!((&first["state"], &first["done"], &first["layers"]), (&json!("started"), &json!(0), &json!(3)));
+        assert_eq!((&last["state"], &last["done"], &last["size"]), (&json!("done"), &json!(layer.size), &json!(layer.size)));
+        assert!(of_it.iter().all(|event| event["digest"] == json!(layer.digest)));
+    }
+    let digest = &built.layers[0].digest["sha256:".len()..][..12];
+    let plain = convert("a/plain", "plain");
+    assert!(plain.contains(&format!("pushing layer 1/3 {digest}: ")) && plain.matches(" sent in ").count() == 3, "{plain}");
+    let again = convert("a/plain", "plain");
+    assert!(again.contains(&format!("pushing layer 1/3 {digest}: is there\n")) && !again.contains("sent"), "{again}");
+    assert_eq!(convert("a/none", "none"), "");
+}
+
 fn raw(reference: &str) -> String {
     testbed::run("skopeo", ["--insecure-policy", "inspect", "--tls-verify=false", "--raw", &format!("docker://{reference}")]).unwrap()
 }

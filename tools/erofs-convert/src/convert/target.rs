@@ -4,16 +4,16 @@
 //! the source does. A compact one (`compact.rs`) has no data. Either's manifest says which image it was made from, which also gives it a digest of its
 //! own: deleting one by digest leaves the other. Documents are written with sorted keys and depend on the source only.
 
-use std::time::Instant;
+use std::sync::OnceLock;
 
 use serde_json::{Map, Value, json};
-use slipway::oci::push::{Content, Pushed};
+use slipway::oci::push::{Content, Pushed, Sent};
 use slipway::oci::{Access, OciError, Reference, Sha256, Source, SourceImage, SourceLayer, Target};
 
 use super::Context;
 use super::compact::CompactLayer;
 use crate::failure::Failure;
-use crate::progress::bytes;
+use crate::progress::{bytes, push_title};
 use crate::stop;
 
 pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -118,23 +118,30 @@ pub(super) fn push(
     };
     let Documents { config, manifest } = documents.map_err(failed)?;
     let mut blobs = Vec::new();
-    let mut send = |title: String, digest, size, content| {
-        let started = Instant::now();
-        let pushed = stop::wait(context.runtime, context.stop, target.push_blob(digest, size, content))?.map_err(failed)?;
-        let how = match pushed {
-            Pushed::Present => "is there".to_owned(),
-            Pushed::Mounted => "taken over from the source's repository".to_owned(),
-            Pushed::Sent => format!("{} sent in {:.1} s", bytes(size), started.elapsed().as_secs_f64()),
-        };
-        context.progress.say(&format!("{title}: {how}"));
+    let mut send = |title: String, digest, size, content, sent: Sent<'_>| {
+        let pushed = stop::wait(context.runtime, context.stop, target.push_blob(digest, size, content, sent))?.map_err(failed)?;
+        match pushed {
+            Pushed::Present => context.progress.say(&format!("{title}: is there")),
+            Pushed::Mounted => context.progress.say(&format!("{title}: taken over from the source's repository")),
+            Pushed::Sent => {}
+        }
         blobs.push((pushed, size));
-        Ok::<(), Failure>(())
+        Ok::<_, Failure>(pushed)
     };
     let count = layers.len();
-    for (i, (digest, size, content)) in layers.into_iter().enumerate() {
-        send(format!("pushing layer {}/{count}", i + 1), digest, size, content)?;
+    for (number, (digest, size, content)) in (1..).zip(layers) {
+        // Nothing is shown of a layer that need not be sent.
+        let shown = OnceLock::new();
+        let sent = |done| shown.get_or_init(|| context.progress.push(number, count, digest, size)).reach(done);
+        let pushed = send(push_title(number, count, digest), digest, size, content, &sent)?;
+        if let Some(shown) = shown.into_inner().filter(|_| pushed == Pushed::Sent) {
+            shown.finish_push();
+        }
     }
-    send("pushing the configuration".to_owned(), Sha256::of(&config), config.len() as u64, Content::Bytes(&config))?;
+    let title = "pushing the configuration".to_owned();
+    if send(title.clone(), Sha256::of(&config), config.len() as u64, Content::Bytes(&config), &|_| ())? == Pushed::Sent {
+        context.progress.say(&format!("{title}: {} sent", bytes(config.len() as u64)));
+    }
     let push = async {
         match under {
             Under::Tag => target.push_manifest(OCI_MANIFEST, &manifest).await,
