@@ -17,7 +17,7 @@ use crate::oci::DiffId;
 pub const MAX_UNCOMPRESSED: u64 = 1 << 30;
 
 /// zstd window accepted, as log2: the largest a decoder allows by itself; no level we write with needs more.
-const MAX_WINDOW_LOG: u32 = 27;
+pub(super) const MAX_WINDOW_LOG: u32 = 27;
 
 /// Half of such a file is digests, which do not compress; the rest does so at the lowest levels already.
 const LEVEL: i32 = 3;

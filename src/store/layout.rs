@@ -22,6 +22,13 @@ pub enum Name {
         /// BLAKE3 of the uncompressed tree.
         digest: Digest,
     },
+    /// A layer's framing, zstd: `layers/<aa>/<diff id>.<digest>.framing.zst`, the digest being the BLAKE3 of the uncompressed bytes.
+    Framing {
+        /// Diff ID of the layer, which is the SHA-256 of what framing and packs give back.
+        diff_id: DiffId,
+        /// BLAKE3 of the uncompressed framing.
+        digest: Digest,
+    },
     /// A metadata image, zstd: `meta/<aa>/<digest>.erofs.zst`, the digest being the BLAKE3 of the uncompressed bytes.
     Meta(Digest),
     /// A signed record: `chains/<aa>/<chain id>/<digest>.json`, the digest being the BLAKE3 of the payload.
@@ -46,6 +53,7 @@ impl Name {
         match self {
             Name::Pack(digest) => below("packs", &format!("{digest}.pack")),
             Name::Tree { diff_id, digest } => below("layers", &format!("{diff_id}.{digest}.tree.zst")),
+            Name::Framing { diff_id, digest } => below("layers", &format!("{diff_id}.{digest}.framing.zst")),
             Name::Meta(digest) => below("meta", &format!("{digest}.erofs.zst")),
             Name::Record { chain, digest } => records_of(chain).join(format!("{digest}.json")),
             Name::Image { source, manifest } => below("images", &source.to_string()).join(format!("{manifest}.json")),
@@ -58,8 +66,14 @@ impl Name {
         let name = match *parts.as_slice() {
             ["packs", _, file] => Name::Pack(file.strip_suffix(".pack")?.parse().ok()?),
             ["layers", _, file] => {
-                let (diff_id, digest) = file.strip_suffix(".tree.zst")?.split_once('.')?;
-                Name::Tree { diff_id: diff_id.parse().ok()?, digest: digest.parse().ok()? }
+                let (diff_id, rest) = file.split_once('.')?;
+                let (diff_id, (digest, kind)) = (diff_id.parse().ok()?, rest.split_once('.')?);
+                let digest = digest.parse().ok()?;
+                match kind {
+                    "tree.zst" => Name::Tree { diff_id, digest },
+                    "framing.zst" => Name::Framing { diff_id, digest },
+                    _ => return None,
+                }
             }
             ["meta", _, file] => Name::Meta(file.strip_suffix(".erofs.zst")?.parse().ok()?),
             ["chains", _, chain, file] => Name::Record { chain: chain.parse().ok()?, digest: file.strip_suffix(".json")?.parse().ok()? },
@@ -113,7 +127,7 @@ pub(super) struct Algorithms {
     pub content: String,
     /// Names of what OCI makes: manifests, layers, diff IDs, chains.
     pub source: String,
-    /// Trees, metadata images, units.
+    /// Trees, framings, metadata images, units.
     pub compression: String,
     /// Records.
     pub signature: String,
@@ -177,6 +191,7 @@ mod tests {
         for (name, expected) in [
             (Name::Pack(a), format!("packs/aa/{A}.pack")),
             (Name::Tree { diff_id: DiffId(sha_b), digest: a }, format!("layers/bb/{B}.{A}.tree.zst")),
+            (Name::Framing { diff_id: DiffId(sha_b), digest: a }, format!("layers/bb/{B}.{A}.framing.zst")),
             (Name::Meta(b), format!("meta/bb/{B}.erofs.zst")),
             (Name::Record { chain: ChainId(sha_a), digest: b }, format!("chains/aa/{A}/{B}.json")),
             (Name::Image { source: sha_b, manifest: sha_a }, format!("images/bb/{B}/{A}.json")),
@@ -199,6 +214,7 @@ mod tests {
             format!("chains/aa/{A}/{B}.tomb"),
             format!("chains/sh/sha256:{A}/{B}.json"),
             format!("layers/aa/{A}.tree.zst"),
+            format!("layers/aa/{A}.{B}.zst"),
         ] {
             assert_eq!(Name::parse(&path), None, "{path}");
         }

@@ -4,6 +4,7 @@
 //! slipway.json                                              what makes the directory a store
 //! packs/<aa>/<digest>.pack                                  file data: units, tables, footer; see `erofs::pack`
 //! layers/<aa>/<diff id>.<digest>.tree.zst                   one layer's entries; see `erofs::layer`
+//! layers/<aa>/<diff id>.<digest>.framing.zst                the rest of its tar; see `erofs::framing`
 //! meta/<aa>/<digest>.erofs.zst                              EROFS metadata of a whole image; see `erofs::image`
 //! chains/<aa>/<chain id>/<digest>.json                      signed records; see [`record`]
 //! chains/<aa>/<chain id>/<digest>.tomb                      the record beside it is out of use
@@ -28,14 +29,14 @@
 //!
 //! A reader that meets a higher `format` touches nothing else.
 //!
-//! **Compressed files** (`.zst`): zstd frames (RFC 8878) of the encoded tree or image, window at most 128 MiB, at most 1 GiB
-//! uncompressed. Their digest is that of the uncompressed bytes, so two zstd versions may write different files of one name; either
+//! **Compressed files** (`.zst`): zstd frames (RFC 8878) of the encoded tree, framing or image, window at most 128 MiB, at most 1 GiB
+//! uncompressed (a framing, which is read as a stream: 320 GiB). Their digest is that of the uncompressed bytes, so two zstd versions may write different files of one name; either
 //! verifies.
 //!
 //! **Named means whole** (invariant 2): [`publish`] tells how a file gets its name, and what is done when the name is taken. Files are
 //! never changed in place. Who reads a file verifies it, whatever its name says.
 //!
-//! Low to high: [`error`], [`layout`], `open`, `text`, [`key`], [`trust`], `content`, [`publish`], [`record`], [`roots`], `reach`, [`chunks`].
+//! Low to high: [`error`], [`layout`], `open`, `text`, [`key`], [`trust`], `content`, `framing`, [`publish`], [`record`], [`roots`], `reach`, [`chunks`].
 
 pub mod error;
 pub mod layout;
@@ -44,6 +45,7 @@ mod text;
 pub mod key;
 pub mod trust;
 mod content;
+mod framing;
 pub mod publish;
 pub mod record;
 pub mod roots;
@@ -52,12 +54,13 @@ pub mod chunks;
 
 pub use content::MAX_UNCOMPRESSED;
 pub use error::StoreError;
+pub use framing::{Framing, FramingTemp};
 pub use key::{KeyError, KeyId, PublicKey, SigningKey};
 pub use layout::Name;
 pub use publish::{Published, Temp};
 pub use reach::Reach;
-pub use record::{Found, Payload, Sizes};
-pub use roots::{ImageRoot, RootLayer};
+pub use record::{Found, LayerFiles, Payload, Sizes};
+pub use roots::{ImageRoot, RootConfig, RootLayer};
 pub use trust::{Trust, TrustFiles};
 
 use std::fs::File;
@@ -71,7 +74,7 @@ use rustix::io::Errno;
 use error::Doing;
 use layout::{DESCRIPTOR, Descriptor, DescriptorFault};
 
-/// Longest `slipway.json`, record or image root that is read. Ours take a few hundred bytes per layer and pack.
+/// Longest `slipway.json` or record that is read. Ours take a few hundred bytes per layer and pack.
 const MAX_JSON: u64 = 1 << 20;
 
 /// An open store: its directory is held open, and everything is reached beneath it.
@@ -148,9 +151,9 @@ impl Store {
     }
 
     /// Reads a small file whole.
-    fn read_small(&self, path: &Path) -> Result<Vec<u8>, StoreError> {
+    fn read_small(&self, path: &Path, max: u64) -> Result<Vec<u8>, StoreError> {
         let shown = self.shown(path);
-        read_bounded(open::regular(&self.root, path, &shown)?, MAX_JSON, &shown)
+        read_bounded(open::regular(&self.root, path, &shown)?, max, &shown)
     }
 
     /// `path` with the store's directory before it, for messages.

@@ -11,7 +11,7 @@
 //! `link` because it never overwrites and works on NFS, which refuses the flags of `renameat2(2)`.
 
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Seek as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use rustix::fs::{AtFlags, Mode, fsync, linkat, mkdirat, renameat, statat, unlink
 use rustix::io::Errno;
 
 use super::error::Doing;
-use super::{Name, Store, StoreError, content, open};
+use super::{Name, Store, StoreError, content, framing, open};
 
 /// Age at which a temporary file belongs to no running conversion: a pack of 1 GiB is written in minutes.
 const STALE: Duration = Duration::from_secs(24 * 60 * 60);
@@ -127,7 +127,7 @@ impl Store {
     /// Compares what has our name with what we wanted to put there.
     fn is_whole(&self, temp: &Temp, name: &Name, path: &Path) -> Result<Taken, StoreError> {
         let shown = self.shown(path);
-        let there = match open::regular(&self.root, path, &shown) {
+        let mut there = match open::regular(&self.root, path, &shown) {
             Ok(file) => file,
             Err(error) if error.is_about_content() => return Ok(Taken::Damaged),
             Err(error) => return Err(error),
@@ -141,11 +141,17 @@ impl Store {
         if same_bytes(&temp.file, &there).map_err(reading)? {
             return Ok(Taken::Whole);
         }
+        there.rewind().map_err(reading)?;
         // Another zstd may have compressed the same bytes differently: that is whole, too. The other kinds have one form only; of a
         // pack the footer fixes every offset and stored length, so ours is as good wherever the two differ.
         match name {
             Name::Tree { digest, .. } | Name::Meta(digest) => match content::decompress(there, digest, &shown) {
                 Ok(_) => Ok(Taken::Whole),
+                Err(error) if error.is_about_content() => Ok(Taken::Damaged),
+                Err(error) => Err(error),
+            },
+            Name::Framing { digest, .. } => match framing::verify(&there, digest, &shown) {
+                Ok(()) => Ok(Taken::Whole),
                 Err(error) if error.is_about_content() => Ok(Taken::Damaged),
                 Err(error) => Err(error),
             },

@@ -1,4 +1,4 @@
-//! What the store's images vouch for: layer trees by diff ID, and packs, as far as trusted records name them.
+//! What the store's images vouch for: layers by diff ID, and packs, as far as trusted records name them.
 //!
 //! The walk begins at the image roots and not in `chains/`. A root leads to the one record that names everything of its image, where
 //! `chains/` has a record for every prefix; and what a root reaches is what stays in the store, while records that no root leads to are on their
@@ -14,9 +14,9 @@ use std::thread;
 use erofs::digest::Digest;
 use erofs::meta::PackRef;
 
-use super::record::{Payload, open_record};
+use super::record::{LayerFiles, Payload, open_record};
 use super::trust::Trust;
-use super::{Name, Store, StoreError, layout, open};
+use super::{MAX_JSON, Name, Store, StoreError, layout, open};
 use crate::oci::{ChainId, DiffId};
 
 /// Files read at once: on a network each costs a few round trips, and there are two for every image.
@@ -25,14 +25,14 @@ const READS_AT_ONCE: usize = 16;
 /// Layers and packs that trusted records name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reach {
-    trees: BTreeMap<DiffId, BTreeSet<Digest>>,
+    layers: BTreeMap<DiffId, BTreeSet<LayerFiles>>,
     packs: BTreeMap<Digest, PackRef>,
 }
 
 impl Reach {
-    /// The trees that records name for a layer, in byte order.
-    pub fn trees(&self, diff_id: &DiffId) -> impl Iterator<Item = Digest> {
-        self.trees.get(diff_id).into_iter().flatten().copied()
+    /// The files that records name for a layer, in byte order.
+    pub fn files(&self, diff_id: &DiffId) -> impl Iterator<Item = LayerFiles> {
+        self.layers.get(diff_id).into_iter().flatten().copied()
     }
 
     /// The packs that records name, each once, in byte order.
@@ -41,8 +41,8 @@ impl Reach {
     }
 
     fn add(&mut self, payload: &Payload) {
-        for (diff_id, tree) in payload.diff_ids.iter().zip(&payload.trees) {
-            self.trees.entry(*diff_id).or_default().insert(*tree);
+        for (diff_id, files) in payload.layers() {
+            self.layers.entry(diff_id).or_default().insert(files);
         }
         for pack in &payload.packs {
             // Should records disagree on its length, all but one are wrong; who opens the pack goes by its footer.
@@ -79,7 +79,7 @@ impl Store {
             if names.binary_search(&layout::tombstone(&digest)).is_ok() {
                 continue;
             }
-            match self.read_small(&Name::Record { chain: *chain, digest }.path()) {
+            match self.read_small(&Name::Record { chain: *chain, digest }.path(), MAX_JSON) {
                 Ok(bytes) => match open_record(&bytes, trust) {
                     Ok((payload, name)) if name == digest && payload.chain == *chain => payloads.push(payload),
                     Ok(_) => tracing::debug!(%chain, record = %digest, "passing over a record that lies under another's name"),
@@ -126,7 +126,7 @@ mod tests {
         let digest = Sha256::of(name.as_bytes());
         let root = serde_json::json!({
             "source": name, "target": null, "platform": "linux/amd64", "manifest": digest, "chain": payload.chain,
-            "metadata": payload.metadata.to_string(), "layers": [], "sizes": payload.sizes,
+            "metadata": payload.metadata.to_string(), "config": {"digest": digest, "bytes": ""}, "layers": [], "sizes": payload.sizes,
         });
         serde_json::from_value(root).unwrap()
     }
@@ -138,13 +138,13 @@ mod tests {
         let images: Vec<Payload> = (0..40).map(|i| image(&sample, &format!("example.com/{i}"))).collect();
         let reach = sample.store.reach(&sample.trust()).unwrap();
         for payload in &images {
-            for (diff_id, tree) in payload.diff_ids.iter().zip(&payload.trees) {
-                assert_eq!(reach.trees(diff_id).collect::<Vec<_>>(), [*tree]);
+            for (diff_id, files) in payload.layers() {
+                assert_eq!(reach.files(&diff_id).collect::<Vec<_>>(), [files]);
             }
             assert!(reach.packs().any(|pack| *pack == payload.packs[0]));
         }
         assert_eq!(reach.packs().count(), images.len());
-        assert_eq!(reach.trees(&DiffId(Sha256::of(b"unknown"))).count(), 0);
+        assert_eq!(reach.files(&DiffId(Sha256::of(b"unknown"))).count(), 0);
     }
 
     #[test]

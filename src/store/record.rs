@@ -10,6 +10,7 @@
 //! | `parent` | chain ID of layers 1..=n-1, `null` for a first layer |
 //! | `diff_ids` | diff IDs of the layers, bottom first |
 //! | `trees` | digests of the layer trees, bottom first; none if it stands for another chain |
+//! | `framings` | digests of the layers' framings, bottom first; none if it stands for another chain |
 //! | `metadata` | digest of the metadata image |
 //! | `fold_version` | version of the fold that gave it |
 //! | `packs` | `{"digest", "blocks", "unit_bits"}` of each pack, in device order |
@@ -36,7 +37,7 @@ use serde::{Deserialize, Serialize};
 use super::key::{KeyId, SigningKey};
 use super::publish::Published;
 use super::trust::Trust;
-use super::{Name, Store, StoreError, layout, open, text};
+use super::{MAX_JSON, Name, Store, StoreError, layout, open, text};
 use crate::oci::{ChainId, DiffId, chain_ids};
 
 /// Packs an image may refer to: each is a device of its mount.
@@ -55,6 +56,9 @@ pub struct Payload {
     /// Layer trees, bottom first, one per layer; none with [`Payload::stands_for`].
     #[serde(with = "text::many")]
     pub trees: Vec<Digest>,
+    /// Framings of the layers, bottom first, one for each of [`Payload::trees`]. Nodes have no use for them.
+    #[serde(with = "text::many")]
+    pub framings: Vec<Digest>,
     /// Digest of the metadata image that folding the trees gives.
     #[serde(with = "text::one")]
     pub metadata: Digest,
@@ -76,6 +80,15 @@ pub struct Payload {
     /// Key that signs this payload.
     #[serde(with = "text::one")]
     pub key: KeyId,
+}
+
+/// What the store has of a layer beside its packs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LayerFiles {
+    /// Its layer tree.
+    pub tree: Digest,
+    /// Its framing.
+    pub framing: Digest,
 }
 
 /// Sizes of what a chain or an image holds.
@@ -172,6 +185,9 @@ impl Payload {
             Some(other) if other == payload.chain => return malformed("it stands for itself"),
             _ => {}
         }
+        if payload.framings.len() != payload.trees.len() {
+            return malformed("it has not one framing for each tree");
+        }
         if payload.packs.len() > MAX_PACKS {
             return malformed("it refers to too many packs");
         }
@@ -181,10 +197,16 @@ impl Payload {
         Ok(payload)
     }
 
-    /// Names of the store's files without which the chain cannot be used.
+    /// Names of the store's files without which a node cannot use the chain.
     fn needs(&self) -> Vec<Name> {
         let packs = self.packs.iter().map(|pack| Name::Pack(pack.digest));
         if self.top { [Name::Meta(self.metadata)].into_iter().chain(packs).collect() } else { self.tree_names().chain(packs).collect() }
+    }
+
+    /// Every layer with its files, bottom first.
+    pub fn layers(&self) -> impl Iterator<Item = (DiffId, LayerFiles)> {
+        let files = self.trees.iter().zip(&self.framings).map(|(&tree, &framing)| LayerFiles { tree, framing });
+        self.diff_ids.iter().copied().zip(files)
     }
 
     /// Names of the chain's layer trees, bottom first.
@@ -280,7 +302,7 @@ impl Store {
 
     /// One record: usable, or the reason why it is not.
     fn consider(&self, chain: &ChainId, digest: &Digest, trust: &Trust) -> Result<Result<Found, String>, StoreError> {
-        let record = self.read_small(&Name::Record { chain: *chain, digest: *digest }.path())?;
+        let record = self.read_small(&Name::Record { chain: *chain, digest: *digest }.path(), MAX_JSON)?;
         let (payload, name) = match open_record(&record, trust) {
             Ok(opened) => opened,
             Err(fault) => return Ok(Err(fault.to_string())),
@@ -313,10 +335,11 @@ mod tests {
     fn a_payload_is_written_without_white_space_in_a_fixed_order() {
         let sample = Sample::new();
         let payload = payloads(&layers("a", 2), &sample.key).pop().unwrap();
-        let Payload { chain, parent, diff_ids, trees, metadata, key, packs, .. } = &payload;
+        let Payload { chain, parent, diff_ids, trees, framings, metadata, key, packs, .. } = &payload;
         let size = payload.sizes.metadata;
         let expected = format!(
-            "{{\"chain\":\"{chain}\",\"parent\":\"{}\",\"diff_ids\":[\"{}\",\"{}\"],\"trees\":[\"{}\",\"{}\"],\"metadata\":\"{metadata}\",\
+            "{{\"chain\":\"{chain}\",\"parent\":\"{}\",\"diff_ids\":[\"{}\",\"{}\"],\"trees\":[\"{}\",\"{}\"],\
+             \"framings\":[\"{}\",\"{}\"],\"metadata\":\"{metadata}\",\
              \"fold_version\":{FOLD_VERSION},\"packs\":[{{\"digest\":\"{}\",\"blocks\":64,\"unit_bits\":18}}],\
              \"sizes\":{{\"metadata\":{size},\"content\":200000,\"inodes\":4,\"stored\":44}},\"top\":true,\"tool\":\"slipway 0.1.0\",\"key\":\"{key}\"}}",
             parent.unwrap(),
@@ -324,6 +347,8 @@ mod tests {
             diff_ids[1],
             trees[0],
             trees[1],
+            framings[0],
+            framings[1],
             packs[0].digest,
         );
         assert_eq!(String::from_utf8(payload.encode()).unwrap(), expected);
@@ -333,7 +358,15 @@ mod tests {
     /// What a converter would say of a compact image made of `of`'s.
     fn stand_in(of: &Payload) -> Payload {
         let diff_id = DiffId(crate::oci::Sha256::of(b"the layer of a compact image"));
-        Payload { chain: ChainId(diff_id.0), parent: None, diff_ids: vec![diff_id], trees: Vec::new(), stands_for: Some(of.chain), ..of.clone() }
+        Payload {
+            chain: ChainId(diff_id.0),
+            parent: None,
+            diff_ids: vec![diff_id],
+            trees: Vec::new(),
+            framings: Vec::new(),
+            stands_for: Some(of.chain),
+            ..of.clone()
+        }
     }
 
     #[test]
@@ -344,7 +377,7 @@ mod tests {
         assert_eq!(sample.store.find(&payload.chain, &sample.trust()).unwrap(), None);
         sample.store.put_record(&payload, &sample.key).unwrap();
         let text = String::from_utf8(payload.encode()).unwrap();
-        assert!(text.contains(&format!("\"trees\":[],\"metadata\":\"{}\"", of.metadata)), "{text}");
+        assert!(text.contains(&format!("\"trees\":[],\"framings\":[],\"metadata\":\"{}\"", of.metadata)), "{text}");
         assert!(text.contains(&format!("\"top\":true,\"stands_for\":\"{}\",\"tool\"", of.chain)), "{text}");
         for name in of.tree_names() {
             fs::remove_file(sample.store.dir().join(name.path())).unwrap();
@@ -359,13 +392,15 @@ mod tests {
         let sample = Sample::new();
         let good = payloads(&layers("a", 3), &sample.key).pop().unwrap();
         type Edit = fn(&mut Payload);
-        let edits: [(Edit, &str); 12] = [
+        let edits: [(Edit, &str); 14] = [
             (|p| p.chain = p.parent.unwrap(), "chain ID"),
             (|p| p.parent = None, "parent"),
             (|p| p.parent = Some(p.chain), "parent"),
             (|p| p.diff_ids.clear(), "chain ID"),
             (|p| p.trees.truncate(1), "one tree"),
             (|p| p.trees.clear(), "one tree"),
+            (|p| p.framings.truncate(1), "one framing"),
+            (|p| *p = Payload { framings: p.framings.clone(), ..stand_in(p) }, "one framing"),
             (|p| p.stands_for = Some(p.chain), "trees of its own"),
             (|p| *p = Payload { stands_for: p.parent, trees: Vec::new(), ..p.clone() }, "one layer"),
             (|p| *p = Payload { top: false, ..stand_in(p) }, "one layer"),
@@ -409,7 +444,7 @@ mod tests {
     fn a_chain_is_found_until_something_of_it_is_missing() {
         let remove = |sample: &Sample, name: Name| fs::remove_file(sample.store.dir().join(name.path())).unwrap();
         let record = |payload: &Payload| Name::Record { chain: payload.chain, digest: Digest::of(&payload.encode()) };
-        let table: [(&str, bool, bool, &dyn Fn(&Sample, &Payload)); 9] = [
+        let table: [(&str, bool, bool, &dyn Fn(&Sample, &Payload)); 10] = [
             ("nothing", true, true, &|_, _| {}),
             ("pack", false, false, &|sample, p| remove(sample, Name::Pack(p.packs[0].digest))),
             ("metadata", true, false, &|sample, p| {
@@ -418,6 +453,7 @@ mod tests {
                 }
             }),
             ("tree", false, true, &|sample, p| remove(sample, p.tree_names().next().unwrap())),
+            ("framing", true, true, &|sample, p| remove(sample, Name::Framing { diff_id: p.diff_ids[0], digest: p.framings[0] })),
             ("record", false, false, &|sample, p| remove(sample, record(p))),
             ("record cut short", false, false, &|sample, p| fs::write(sample.store.dir().join(record(p).path()), b"{").unwrap()),
             ("tombstone", false, false, &|sample, p| fs::write(sample.store.dir().join(record(p).path()).with_extension("tomb"), b"").unwrap()),
@@ -441,6 +477,21 @@ mod tests {
                 assert_eq!(found, expected.then_some(payload), "{what}, layer {index}");
             }
         }
+    }
+
+    /// As they were before layers had framings.
+    #[test]
+    fn a_record_without_framings_is_a_miss_and_no_error() {
+        let sample = Sample::new();
+        let payload = sample.publish(&layers("a", 1)).remove(0);
+        let text = String::from_utf8(payload.encode()).unwrap();
+        let old = text.replace(&format!("\"framings\":[\"{}\"],", payload.framings[0]), "");
+        assert_ne!(old, text);
+        let records = sample.store.dir().join(layout::records_of(&payload.chain));
+        fs::remove_dir_all(&records).unwrap();
+        fs::create_dir(&records).unwrap();
+        fs::write(records.join(format!("{}.json", Digest::of(old.as_bytes()))), sign(old.as_bytes(), &sample.key)).unwrap();
+        assert_eq!(sample.store.find(&payload.chain, &sample.trust()).unwrap(), None);
     }
 
     #[test]
@@ -507,6 +558,7 @@ mod tests {
                 parent: Some(chains[0]),
                 diff_ids,
                 trees: vec![Digest(seed[2]), Digest(seed[3])],
+                framings: vec![Digest(seed[0]), Digest(seed[2])],
                 metadata: Digest(seed[0]),
                 fold_version: blocks,
                 packs: vec![PackRef { digest: Digest(seed[1]), blocks, unit_bits: UnitBits::new(bits).unwrap() }],

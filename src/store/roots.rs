@@ -1,7 +1,8 @@
 //! Image roots: what `ls` lists and what keeps an image's content alive.
 //!
 //! `images/<aa>/<sha256 of source reference>/<manifest digest>.json` holds the JSON of an [`ImageRoot`], fields in the order of the
-//! struct, indented. It is not signed: it says what to keep, never what to believe.
+//! struct, indented. It is not signed: it says what to keep, never what to believe. So what `export` writes is checked against the
+//! digests in it, which are those of the source.
 
 use std::cmp::Reverse;
 use std::io::Write as _;
@@ -17,6 +18,9 @@ use super::publish::Published;
 use super::record::Sizes;
 use super::{Name, Store, StoreError, open, text};
 use crate::oci::{ChainId, DiffId, Sha256};
+
+/// Longest image root that is read: most of it is the configuration, which has at most 8 MiB and a third more in base64.
+const MAX_ROOT: u64 = 16 << 20;
 
 /// One converted image of one platform.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +39,8 @@ pub struct ImageRoot {
     /// Digest of the metadata image.
     #[serde(with = "text::one")]
     pub metadata: Digest,
+    /// The image's configuration.
+    pub config: RootConfig,
     /// The layers, bottom first.
     pub layers: Vec<RootLayer>,
     /// Sizes of the whole image.
@@ -43,6 +49,24 @@ pub struct ImageRoot {
     /// the metadata image has changed since, as by a newer converter.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub compact: Vec<ChainId>,
+}
+
+/// The configuration of an image, as the source has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RootConfig {
+    /// Its digest, also called the image's id.
+    pub digest: Sha256,
+    /// Its bytes, in base64 (standard alphabet, padded).
+    #[serde(with = "text::base64")]
+    pub bytes: Vec<u8>,
+}
+
+impl RootConfig {
+    /// These bytes, and their digest.
+    pub fn new(bytes: &[u8]) -> RootConfig {
+        RootConfig { digest: Sha256::of(bytes), bytes: bytes.to_vec() }
+    }
 }
 
 /// One layer of an image root.
@@ -58,6 +82,9 @@ pub struct RootLayer {
     /// Layer tree in the store.
     #[serde(with = "text::one")]
     pub tree: Digest,
+    /// Framing in the store: with the packs that it names (some of them perhaps no other file does) it gives back the layer's tar.
+    #[serde(with = "text::one")]
+    pub framing: Digest,
 }
 
 impl ImageRoot {
@@ -95,6 +122,16 @@ impl Store {
         }
     }
 
+    /// The image's configuration as the source has it, verified.
+    pub fn image_config<'a>(&self, root: &'a ImageRoot) -> Result<&'a [u8], StoreError> {
+        let found = Sha256::of(&root.config.bytes);
+        if found == root.config.digest {
+            return Ok(&root.config.bytes);
+        }
+        let reason = format!("the configuration in it has the digest {found}, not {}", root.config.digest);
+        Err(StoreError::Damaged { path: self.shown(&root.name().path()), reason })
+    }
+
     /// Makes a file as young as one written now, by the store's own clock.
     fn renew(&self, path: &Path) {
         let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
@@ -128,7 +165,7 @@ impl Store {
         let modified = open::regular(&self.root, path, &shown)?.metadata().and_then(|metadata| metadata.modified());
         let modified = modified.map_err(|error| StoreError::from_io(Doing::Reading, &shown, error))?;
         let damaged = |reason: String| StoreError::Damaged { path: self.shown(path), reason };
-        let root: ImageRoot = serde_json::from_slice(&self.read_small(path)?).map_err(|error| damaged(error.to_string()))?;
+        let root: ImageRoot = serde_json::from_slice(&self.read_small(path, MAX_ROOT)?).map_err(|error| damaged(error.to_string()))?;
         if root.name().path() != path {
             return Err(damaged("it is the root of another image than its name says".to_owned()));
         }
@@ -158,6 +195,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::store::LayerFiles;
     use crate::store::sample::{Sample, layers};
 
     fn root(sample: &Sample, source: &str) -> ImageRoot {
@@ -170,11 +208,10 @@ mod tests {
             manifest: blob(&format!("manifest of {source}")),
             chain: payload.chain,
             metadata: payload.metadata,
+            config: RootConfig::new(source.as_bytes()),
             layers: payload
-                .diff_ids
-                .iter()
-                .zip(&payload.trees)
-                .map(|(&diff_id, &tree)| RootLayer { blob: blob("b"), size: 7, diff_id, tree })
+                .layers()
+                .map(|(diff_id, LayerFiles { tree, framing })| RootLayer { blob: blob("b"), size: 7, diff_id, tree, framing })
                 .collect(),
             sizes: payload.sizes,
             compact: Vec::new(),
@@ -214,6 +251,20 @@ mod tests {
             assert_eq!(listed.iter().collect::<Vec<_>>(), expected);
             listed.iter().for_each(age);
         }
+    }
+
+    /// The largest that containerd takes, of bytes that are no text.
+    #[test]
+    fn a_configuration_comes_back_as_it_was_or_is_named_as_damaged() {
+        let sample = Sample::new();
+        let bytes: Vec<u8> = (0..8u32 << 20).map(|i| (i.wrapping_mul(7919) >> 3) as u8).collect();
+        let root = ImageRoot { config: RootConfig::new(&bytes), ..root(&sample, "example.com/a:1") };
+        sample.store.put_image(&root).unwrap();
+        let mut read = sample.store.images().unwrap().remove(0).unwrap();
+        assert!(sample.store.image_config(&read).unwrap() == bytes);
+        read.config.bytes[5_000_000] ^= 1;
+        let error = sample.store.image_config(&read).unwrap_err();
+        assert!(matches!(error, StoreError::Damaged { .. }) && error.to_string().contains(&read.config.digest.to_string()), "{error}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use erofs::block::UnitBits;
 use erofs::digest::Digest;
 use erofs::fold::{FOLD_VERSION, fold};
+use erofs::framing::{FramingWriter, Places};
 use erofs::image::{Built, Checked, write};
 use erofs::layer::{Entry, EntryKind, LayerTree};
 use erofs::meta::{Attr, Chunk, Content, Data, PackRef};
@@ -43,6 +44,9 @@ impl Sample {
         let payloads = payloads(layers, &self.key);
         for (diff_id, tree) in layers {
             self.store.put_tree(diff_id, tree).unwrap();
+            let mut framing = self.store.framing_temp().unwrap();
+            framing.write_all(&framing_of(&diff_id.0.0)).unwrap();
+            self.store.put_framing(diff_id, framing).unwrap();
             for pack in &tree.packs {
                 let mut temp = self.store.temp().unwrap();
                 temp.write_all(b"the units of a pack, which nobody here reads").unwrap();
@@ -55,6 +59,13 @@ impl Sample {
         }
         payloads
     }
+}
+
+/// The framing of a tar that holds these bytes and no file.
+pub(crate) fn framing_of(raw: &[u8]) -> Vec<u8> {
+    let mut writer = FramingWriter::new(Vec::new(), UnitBits::DEFAULT).unwrap();
+    writer.raw(raw).unwrap();
+    writer.finish(&Places::default()).unwrap()
 }
 
 /// `count` layers. Number i has a small file `file<i>` and, to tell images apart, `name`; the lowest has a file in a pack as well.
@@ -92,6 +103,7 @@ pub(crate) fn payloads(layers: &[(DiffId, LayerTree)], key: &SigningKey) -> Vec<
                 parent: n.checked_sub(2).map(|below| chains[below]),
                 diff_ids: diff_ids[..n].to_vec(),
                 trees: layers[..n].iter().map(|(_, tree)| Digest::of(&tree.encode())).collect(),
+                framings: layers[..n].iter().map(|(diff_id, _)| Digest::of(&framing_of(&diff_id.0.0))).collect(),
                 metadata: built.digest,
                 fold_version: FOLD_VERSION,
                 packs: layers[0].1.packs.clone(),

@@ -1,4 +1,4 @@
-//! Digests in JSON: strings of hex, one or many.
+//! In JSON as strings: digests in hex, one or many; bytes in base64.
 
 use std::fmt::Display;
 use std::str::FromStr;
@@ -15,6 +15,22 @@ pub(super) mod one {
 
     pub fn deserialize<'de, T: FromStr<Err: Display>, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+/// For `#[serde(with)]` on bytes: the standard alphabet, padded.
+pub(super) mod base64 {
+    use ::base64::Engine as _;
+    use ::base64::engine::general_purpose::STANDARD;
+
+    use super::*;
+
+    pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&STANDARD.encode(bytes))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        STANDARD.decode(String::deserialize(deserializer)?).map_err(D::Error::custom)
     }
 }
 

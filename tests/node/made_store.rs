@@ -70,6 +70,8 @@ pub fn make_store(dir: &Path, key: &SigningKey, count: u64) -> ChainId {
             parent: length.checked_sub(2).map(|below| chains[below]),
             diff_ids: diff_ids[..length].to_vec(),
             trees: trees[..length].to_vec(),
+            // No node looks for them.
+            framings: trees[..length].to_vec(),
             metadata: image.digest,
             fold_version: FOLD_VERSION,
             packs,

@@ -198,6 +198,7 @@ mod tests {
             manifest: none,
             chain: slipway::oci::ChainId(none),
             metadata: Digest::of(b""),
+            config: slipway::store::RootConfig::new(b"{}"),
             layers: Vec::new(),
             sizes: Default::default(),
             compact: Vec::new(),

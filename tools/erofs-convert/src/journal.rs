@@ -10,8 +10,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use erofs::digest::Digest;
 use slipway::oci::DiffId;
+use slipway::store::LayerFiles;
 
 /// A finished layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,8 +20,8 @@ pub struct Entry {
     pub store: String,
     /// The layer.
     pub diff_id: DiffId,
-    /// Its tree.
-    pub tree: Digest,
+    /// Its tree and its framing.
+    pub files: LayerFiles,
 }
 
 #[derive(serde::Serialize, serde::Deserialize)]
@@ -30,11 +30,13 @@ struct Line {
     store: String,
     diff_id: DiffId,
     tree: String,
+    framing: String,
 }
 
 impl Entry {
     fn encode(&self) -> String {
-        let line = Line { store: self.store.clone(), diff_id: self.diff_id, tree: self.tree.to_string() };
+        let LayerFiles { tree, framing } = self.files;
+        let line = Line { store: self.store.clone(), diff_id: self.diff_id, tree: tree.to_string(), framing: framing.to_string() };
         let json = serde_json::to_string(&line).expect("strings are always JSON");
         format!("\n{:08x} {json}\n", crc32fast::hash(json.as_bytes()))
     }
@@ -44,15 +46,16 @@ impl Entry {
         if crc.len() != 8 || u32::from_str_radix(crc, 16).ok()? != crc32fast::hash(json.as_bytes()) {
             return None;
         }
-        let Line { store, diff_id, tree } = serde_json::from_str(json).ok()?;
-        Some(Entry { store, diff_id, tree: tree.parse().ok()? })
+        // A line of a program that made no framings lacks one, and is skipped as well.
+        let Line { store, diff_id, tree, framing } = serde_json::from_str(json).ok()?;
+        Some(Entry { store, diff_id, files: LayerFiles { tree: tree.parse().ok()?, framing: framing.parse().ok()? } })
     }
 }
 
-/// What the journal says: the latest tree of `diff_id` in `store`.
-pub fn find(text: &str, store: &str, diff_id: DiffId) -> Option<Digest> {
+/// What the journal says: the latest files of `diff_id` in `store`.
+pub fn find(text: &str, store: &str, diff_id: DiffId) -> Option<LayerFiles> {
     let mut latest_first = text.lines().rev().filter_map(Entry::decode);
-    latest_first.find(|e| e.store == store && e.diff_id == diff_id).map(|e| e.tree)
+    latest_first.find(|e| e.store == store && e.diff_id == diff_id).map(|e| e.files)
 }
 
 /// The journal file of a state directory.
@@ -78,12 +81,12 @@ impl Journal {
         }
     }
 
-    /// The tree of a layer in a store, if a run before this one finished it.
-    pub fn find(&self, store: &str, diff_id: DiffId) -> Option<Digest> {
+    /// The files of a layer in a store, if a run before this one finished it.
+    pub fn find(&self, store: &str, diff_id: DiffId) -> Option<LayerFiles> {
         find(&self.text, store, diff_id)
     }
 
-    /// Remembers a layer whose tree and packs are in the store, durably.
+    /// Remembers a layer whose tree, framing and packs are in the store, durably.
     pub fn add(&self, entry: &Entry) -> Result<(), (PathBuf, io::Error)> {
         // One write of a short line to a file opened for appending: several converters do not mix their lines.
         let write = || (&self.file).write_all(entry.encode().as_bytes()).and_then(|()| self.file.sync_data());
@@ -93,13 +96,18 @@ impl Journal {
 
 #[cfg(test)]
 mod tests {
+    use erofs::digest::Digest;
     use proptest::prelude::*;
     use slipway::oci::Sha256;
 
     use super::*;
 
     fn entry(store: &str, diff_id: &[u8], tree: &[u8]) -> Entry {
-        Entry { store: store.to_owned(), diff_id: DiffId(Sha256::of(diff_id)), tree: Digest::of(tree) }
+        Entry { store: store.to_owned(), diff_id: DiffId(Sha256::of(diff_id)), files: files(tree) }
+    }
+
+    fn files(tree: &[u8]) -> LayerFiles {
+        LayerFiles { tree: Digest::of(tree), framing: Digest::of(&[b"framing of", tree].concat()) }
     }
 
     #[test]
@@ -113,7 +121,7 @@ mod tests {
         for (store, diff_id, tree) in
             [("s", &b"1"[..], Some(&b"d"[..])), ("s", b"2", Some(b"b")), ("t", b"1", Some(b"c")), ("t", b"2", None), ("u", b"1", None)]
         {
-            assert_eq!(journal.find(store, DiffId(Sha256::of(diff_id))), tree.map(Digest::of));
+            assert_eq!(journal.find(store, DiffId(Sha256::of(diff_id))), tree.map(files));
         }
     }
 
@@ -125,6 +133,9 @@ mod tests {
         for cut in 0..first.len() - 1 {
             assert_eq!(sees(&format!("{}{second}", &first[..cut])), [false, true], "{cut}");
         }
+        let json = &first[10..first.len() - 1];
+        let old = json.replace(&json[json.find(",\"framing").unwrap()..json.len() - 1], "");
+        assert_eq!(sees(&format!("\n{:08x} {old}\n", crc32fast::hash(old.as_bytes()))), [false, false], "{old}");
         assert_eq!(sees(&first.replacen("\"s\"", "\"S\"", 1)), [false, false]);
     }
 

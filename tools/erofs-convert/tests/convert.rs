@@ -160,6 +160,42 @@ fn what_is_damaged_in_the_store_is_made_again() {
 }
 
 #[test]
+fn a_layer_whose_archive_would_not_come_back_is_converted_again() {
+    let ground = Ground::new("repair-framing");
+    // Two packs: of the first the only file is replaced, so that the framing alone names it.
+    let replaced = Layer::new([Entry::file("a", noise(1, 300_000)), Entry::file("a", "")]);
+    let kept = Layer::new([Entry::file("b", noise(2, 300_000))]);
+    ground.layout.add("1", &Image::new().layer(&replaced, Compression::Gzip).layer(&kept, Compression::Gzip)).unwrap();
+    let reused = |done: serde_json::Value| done["layers"].as_array().unwrap().iter().map(|layer| layer["reused"] == true).collect::<Vec<_>>();
+    assert_eq!(reused(ground.convert("oci:img:1")), [false, false]);
+    let of_lower = ground.list_json()["images"][0]["layers"][0]["diffId"].as_str().unwrap()["sha256:".len()..].to_owned();
+    let below = |dir: &str| {
+        let dir = ground.store().join(dir);
+        files_below(&dir).into_iter().map(move |name| dir.join(name)).collect::<Vec<_>>()
+    };
+    let is_framing_of = |path: &std::path::Path| {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        name.starts_with(&of_lower) && name.ends_with(".framing.zst")
+    };
+    let framing = below("layers").into_iter().find(|path| is_framing_of(path)).unwrap();
+    let shown = ground.run(&["show", "oci:img:1", "--json"]).json()["packs"].to_string();
+    let unseen: Vec<_> = below("packs").into_iter().filter(|path| !shown.contains(path.file_stem().unwrap().to_str().unwrap())).collect();
+    assert_eq!((below("packs").len(), unseen.len()), (2, 1));
+    for path in [&framing, &unseen[0]] {
+        let whole = fs::read(path).unwrap();
+        for damaged in [None, Some(&whole[..whole.len() - 5]), Some(b"")] {
+            fs::remove_file(path).unwrap();
+            if let Some(bytes) = damaged {
+                fs::write(path, bytes).unwrap();
+            }
+            assert_eq!(reused(ground.convert("oci:img:1")), [false, true], "{}", path.display());
+            assert!(fs::read(path).unwrap() == whole, "{}", path.display());
+            assert_eq!(reused(ground.convert("oci:img:1")), [true, true]);
+        }
+    }
+}
+
+#[test]
 fn of_an_image_pushed_anew_the_version_converted_last_is_meant() {
     let ground = Ground::new("versions");
     let image = |content: &str| Image::new().layer(&Layer::new([Entry::file("a", content)]), Compression::Plain);

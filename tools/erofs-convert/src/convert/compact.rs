@@ -74,6 +74,7 @@ impl CompactLayer {
             parent: None,
             diff_ids: vec![self.diff_id],
             trees: Vec::new(),
+            framings: Vec::new(),
             stands_for: Some(self.stands_for),
             ..top.clone()
         }
@@ -154,6 +155,7 @@ mod tests {
             parent: Some(chains[0]),
             diff_ids: vec![one, two],
             trees: vec![Digest::of(b"1"), Digest::of(b"2")],
+            framings: vec![Digest::of(b"3"), Digest::of(b"4")],
             metadata: Digest::of(b"metadata"),
             fold_version: 1,
             packs: Vec::new(),

@@ -1,21 +1,20 @@
 //! One layer's way from the source into the store.
 //!
-//! blob bytes → blob digest → unpacking │ → diff ID → tar → units → packs (temporary) → both digests right → packs, tree, journal.
-//! The bar is where one thread hands over to another.
+//! blob bytes → blob digest → unpacking │ → diff ID → tar → units → packs, framing (temporary) → both digests right → packs, framing, tree,
+//! journal. The bar is where one thread hands over to another.
 
 use std::io::{self, Write};
 use std::thread::available_parallelism;
 
 use erofs::digest::Digest;
-use erofs::layer::LayerTree;
 use slipway::oci::{Source, SourceImage, SourceLayer, VerifyReader};
-use slipway::store::{Name, Store, StoreError, Temp};
+use slipway::store::{FramingTemp, LayerFiles, Name, Store, StoreError, Temp};
 use tokio_util::sync::CancellationToken;
 
 use super::{Context, Finished, state_failure};
 use crate::failure::{Failure, Thrown};
 use crate::journal::{Entry, Journal};
-use crate::layer::{ConvertError, Elsewhere, LayerOptions, PackSink, Stage, Stages, convert_layer_beside};
+use crate::layer::{ConvertError, Converted, Elsewhere, LayerOptions, PackSink, Stage, Stages, convert_layer_beside};
 use crate::leftovers::Leftovers;
 use crate::pipe;
 use crate::progress::layer_title;
@@ -45,14 +44,14 @@ impl LayerJob<'_> {
     /// Converts layer `number` and puts it into the store.
     pub(super) fn run(&self, number: usize, layer: &SourceLayer) -> Result<Finished, Failure> {
         let count = self.image.layers.len();
-        let (tree, packs, progress) = loop {
+        let (converted, packs, progress) = loop {
             let progress = self.context.progress.layer(number, count, layer.digest, layer.size);
             let blob = stop::wait(self.context.runtime, self.stop, self.source.open_layer(layer))??;
             let advance = |more| progress.advance(more);
             let blob = self.stages.reader(Stage::Fetch, StoppableReader::new(blob, self.context.runtime, self.stop, &advance));
             let mut sink = StoreSink { store: self.store, leftovers: self.leftovers, finished: Vec::new() };
             match self.read(number, layer, blob, &mut sink) {
-                Ok(tree) => break (tree, sink.finished, progress),
+                Ok(converted) => break (converted, sink.finished, progress),
                 // A wrong diff ID is the image's fault, and every host's blob will have it.
                 Err(Failure::Damaged { source, .. }) if source.expected() == layer.digest && self.source.was_wrong(layer) => {
                     let title = layer_title(number, count, layer.digest);
@@ -68,15 +67,25 @@ impl LayerJob<'_> {
             }
             self.store.publish(temp.0, &Name::Pack(name))?;
         }
+        let Converted { tree, framing, places, .. } = converted;
+        let written = framing.finish(&places).map_err(|source| layer_failure(self.image, number, layer, ConvertError::Store { source }))?;
+        let (framing, _) = self.store.put_framing(&layer.diff_id, written)?;
         let (digest, _) = self.store.put_tree(&layer.diff_id, &tree)?;
-        let entry = Entry { store: self.store.id().to_owned(), diff_id: layer.diff_id, tree: digest };
+        let files = LayerFiles { tree: digest, framing };
+        let entry = Entry { store: self.store.id().to_owned(), diff_id: layer.diff_id, files };
         self.journal.add(&entry).map_err(state_failure)?;
         progress.finish();
-        Ok(Finished { digest, tree, reused: false })
+        Ok(Finished { files, tree, reused: false })
     }
 
-    /// The layer's tree, with its packs complete in `sink`, if blob digest and diff ID are right.
-    fn read(&self, number: usize, layer: &SourceLayer, blob: impl io::Read + Send, sink: &mut StoreSink<'_>) -> Result<LayerTree, Failure> {
+    /// The layer, with its packs complete in `sink`, if blob digest and diff ID are right.
+    fn read(
+        &self,
+        number: usize,
+        layer: &SourceLayer,
+        blob: impl io::Read + Send,
+        sink: &mut StoreSink<'_>,
+    ) -> Result<Converted<FramingTemp>, Failure> {
         let failed = |error| layer_failure(self.image, number, layer, error);
         let read_error = |source| ConvertError::Read { offset: 0, source };
         let blob = VerifyReader::new(blob, "the layer's blob", layer.digest, Some(layer.size));
@@ -84,12 +93,14 @@ impl LayerJob<'_> {
         let unpack = self.stages.reader(Stage::Unpack, Unpack::new(blob).map_err(read_error).map_err(failed)?);
         let threads = available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS));
         let options = LayerOptions { threads, stages: self.stages.clone(), ..LayerOptions::default() };
+        let framing = self.store.framing_temp()?;
+        self.leftovers.note(framing.path()).map_err(|source| failed(ConvertError::Store { source }))?;
         let (result, unpack) = pipe::run(unpack, |tar| {
             let mut tar = VerifyReader::new(tar, "the layer's tar", layer.diff_id.0, None);
             let counted = self.stages.reader(Stage::TarDigest, &mut tar);
-            let converted = self.stages.time(Stage::Cut, || convert_layer_beside(self.elsewhere, counted, sink, io::sink(), &options))?;
+            let converted = self.stages.time(Stage::Cut, || convert_layer_beside(self.elsewhere, counted, sink, framing, &options))?;
             tar.drain().map_err(read_error)?;
-            Ok(converted.tree)
+            Ok(converted)
         });
         let mut unpack = unpack.into_inner();
         let failure = match result.map_err(failed) {

@@ -1,6 +1,6 @@
 //! From an image to a store: resolve, reuse what is there, convert the other layers, fold, publish.
 //!
-//! Nothing is made anywhere before the image has been found. What becomes visible, and when (invariant 2): a layer's packs and tree once all its digests were verified, then the top's metadata
+//! Nothing is made anywhere before the image has been found. What becomes visible, and when (invariant 2): a layer's packs, framing and tree once all its digests were verified, then the top's metadata
 //! image, then signed records from the lowest chain to the top, and the image root last. A conversion that stops anywhere leaves
 //! whole files that no record names, which the next run finds through the journal.
 
@@ -23,7 +23,7 @@ use std::time::Instant;
 use erofs::digest::Digest;
 use erofs::layer::LayerTree;
 use slipway::oci::{DiffId, Platform, Source, SourceImage, SourceLayer};
-use slipway::store::{ImageRoot, Reach, SigningKey, Store, StoreError, Trust};
+use slipway::store::{ImageRoot, LayerFiles, Reach, SigningKey, Store, StoreError, Trust};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
@@ -91,7 +91,7 @@ pub struct Converted {
 /// A layer in the store.
 #[derive(Clone)]
 struct Finished {
-    digest: Digest,
+    files: LayerFiles,
     tree: LayerTree,
     reused: bool,
 }

@@ -9,7 +9,7 @@ use erofs::layer::LayerTree;
 use erofs::meta::Content;
 use erofs::tree::{Body, Tree};
 use slipway::oci::{DiffId, SourceImage};
-use slipway::store::{ImageRoot, Payload, RootLayer, SigningKey, Sizes, Store, Trust, record};
+use slipway::store::{ImageRoot, LayerFiles, Payload, RootConfig, RootLayer, SigningKey, Sizes, Store, Trust, record};
 
 use super::{Context, Finished, reuse};
 use crate::failure::Failure;
@@ -32,18 +32,18 @@ pub(super) fn publish(
 ) -> Result<Outcome, Failure> {
     let layers: Vec<&Finished> = image.layers.iter().map(|layer| &finished[&layer.diff_id]).collect();
     let trees: Vec<LayerTree> = layers.iter().map(|layer| layer.tree.clone()).collect();
-    let digests: Vec<Digest> = layers.iter().map(|layer| layer.digest).collect();
+    let files: Vec<LayerFiles> = layers.iter().map(|layer| layer.files).collect();
     context.progress.say("folding layers");
     let stop = context.stop.child_token();
     let prefixes = (1..=trees.len()).collect();
     let trust = Trust(vec![key.public()]);
     let folded = in_parallel(jobs.min(FOLDS_AT_ONCE), prefixes, &stop, |len| {
-        let (trees, digests) = (&trees[..len], &digests[..len]);
+        let (trees, files) = (&trees[..len], &files[..len]);
         let known = if len < image.layers.len() { store.find(&image.layers[len - 1].chain_id, &trust)? } else { None };
         match known {
             // We said so ourselves before.
-            Some(payload) if payload.trees == digests => Ok(Prefix { payload, top_bytes: Vec::new() }),
-            _ => Prefix::fold(store, key, image, trees, digests),
+            Some(payload) if payload.layers().map(|(_, files)| files).eq(files.iter().copied()) => Ok(Prefix { payload, top_bytes: Vec::new() }),
+            _ => Prefix::fold(store, key, image, trees, files),
         }
     })?;
     let (top, top_bytes) = folded.last().map(|prefix| (&prefix.payload, &prefix.top_bytes)).expect("an image has layers");
@@ -61,11 +61,12 @@ pub(super) fn publish(
         manifest: image.manifest_digest,
         chain: top.chain,
         metadata: top.metadata,
+        config: RootConfig::new(&image.config_bytes),
         layers: image
             .layers
             .iter()
-            .zip(&digests)
-            .map(|(layer, tree)| RootLayer { blob: layer.digest, size: layer.size, diff_id: layer.diff_id, tree: *tree })
+            .zip(&files)
+            .map(|(layer, of)| RootLayer { blob: layer.digest, size: layer.size, diff_id: layer.diff_id, tree: of.tree, framing: of.framing })
             .collect(),
         sizes: top.sizes,
         compact: Vec::new(),
@@ -87,7 +88,7 @@ struct Prefix {
 }
 
 impl Prefix {
-    fn fold(store: &Store, key: &SigningKey, image: &SourceImage, trees: &[LayerTree], digests: &[Digest]) -> Result<Prefix, Failure> {
+    fn fold(store: &Store, key: &SigningKey, image: &SourceImage, trees: &[LayerTree], files: &[LayerFiles]) -> Result<Prefix, Failure> {
         let len = trees.len();
         let top = len == image.layers.len();
         let chain = image.layers[len - 1].chain_id;
@@ -110,7 +111,8 @@ impl Prefix {
             chain,
             parent: len.checked_sub(2).map(|below| image.layers[below].chain_id),
             diff_ids: image.layers[..len].iter().map(|layer| layer.diff_id).collect(),
-            trees: digests.to_vec(),
+            trees: files.iter().map(|files| files.tree).collect(),
+            framings: files.iter().map(|files| files.framing).collect(),
             metadata: built.digest,
             fold_version: FOLD_VERSION,
             packs: tree.packs.clone(),
@@ -169,7 +171,8 @@ mod tests {
         let key = SigningKey::load_or_create(&key_dir.path().join("key")).unwrap();
         let count = record::MAX_PACKS + 1;
         let trees: Vec<LayerTree> = (0..count).map(layer).collect();
-        let digests: Vec<Digest> = trees.iter().map(|tree| Digest::of(&tree.encode())).collect();
+        let files = |tree: &LayerTree| LayerFiles { tree: Digest::of(&tree.encode()), framing: Digest::of(b"no node reads it") };
+        let files: Vec<LayerFiles> = trees.iter().map(files).collect();
         let diff_ids: Vec<DiffId> = (0..count).map(|i| DiffId(Sha256::of(&i.to_le_bytes()))).collect();
         let layers = chain_ids(&diff_ids).into_iter().zip(&diff_ids);
         let layers =
@@ -185,7 +188,7 @@ mod tests {
         for tree in &trees {
             store.publish(store.temp().unwrap(), &Name::Pack(tree.packs[0].digest)).unwrap();
         }
-        let fold = |len: usize| Prefix::fold(&store, &key, &image, &trees[..len], &digests[..len]);
+        let fold = |len: usize| Prefix::fold(&store, &key, &image, &trees[..len], &files[..len]);
         assert_eq!(fold(count - 1).map(|prefix| prefix.payload.packs.len()).map_err(|failure| failure.report()), Ok(count - 1));
         let Err(failure) = fold(count) else { panic!("{count} packs are taken") };
         let text = failure.report();

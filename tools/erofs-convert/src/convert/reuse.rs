@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use erofs::digest::Digest;
 use slipway::oci::{DiffId, SourceImage};
-use slipway::store::{Name, Reach, Store, StoreError, Trust};
+use slipway::store::{LayerFiles, Name, Reach, Store, StoreError, Trust};
 
 use super::Finished;
 use crate::failure::Failure;
@@ -27,36 +27,38 @@ pub(super) fn find(
     // The highest chain with a record names the trees of every layer below.
     for top in (0..image.layers.len()).rev() {
         let Some(found) = store.find(&image.layers[top].chain_id, trust)? else { continue };
-        for (layer, tree) in image.layers[..=top].iter().zip(&found.trees) {
-            add(store, &mut finished, layer.diff_id, *tree)?;
+        for (diff_id, files) in found.layers() {
+            add(store, &mut finished, diff_id, files)?;
         }
         break;
     }
     for layer in &image.layers {
-        for tree in reach.trees(&layer.diff_id) {
-            add(store, &mut finished, layer.diff_id, tree)?;
+        for files in reach.files(&layer.diff_id) {
+            add(store, &mut finished, layer.diff_id, files)?;
         }
-        if let Some(tree) = journal.find(store.id(), layer.diff_id) {
-            add(store, &mut finished, layer.diff_id, tree)?;
+        if let Some(files) = journal.find(store.id(), layer.diff_id) {
+            add(store, &mut finished, layer.diff_id, files)?;
         }
     }
     Ok(finished)
 }
 
-fn add(store: &Store, finished: &mut HashMap<DiffId, Finished>, diff_id: DiffId, digest: Digest) -> Result<(), Failure> {
+fn add(store: &Store, finished: &mut HashMap<DiffId, Finished>, diff_id: DiffId, files: LayerFiles) -> Result<(), Failure> {
     if finished.contains_key(&diff_id) {
         return Ok(());
     }
-    let tree = match store.read_tree(&diff_id, &digest) {
-        Ok(tree) => tree,
+    let read = || Ok((store.read_tree(&diff_id, &files.tree)?, store.read_framing(&diff_id, &files.framing)?.places));
+    let (tree, places) = match read() {
+        Ok(read) => read,
         // Gone or damaged: the layer is converted anew, which also repairs the store.
-        Err(error) if error.is_about_content() => {
-            tracing::warn!(%diff_id, %digest, %error, "a finished layer cannot be reused");
+        Err(error) if StoreError::is_about_content(&error) => {
+            tracing::warn!(%diff_id, %error, "a finished layer cannot be reused");
             return Ok(());
         }
         Err(error) => return Err(error.into()),
     };
-    for pack in &tree.packs {
+    // Those of the framing are all of the tree's, and packs that only files were in which the layer itself replaces.
+    for pack in tree.packs.iter().chain(places.packs.iter().filter(|pack| !tree.packs.contains(pack))) {
         // Its tables, not its data: finding a flipped bit means reading everything, which is what check does.
         match PackFile::open(store, pack) {
             Ok(_) => {}
@@ -67,7 +69,7 @@ fn add(store: &Store, finished: &mut HashMap<DiffId, Finished>, diff_id: DiffId,
             Err(error) => return Err(error.into()),
         }
     }
-    finished.insert(diff_id, Finished { digest, tree, reused: true });
+    finished.insert(diff_id, Finished { files, tree, reused: true });
     Ok(())
 }
 

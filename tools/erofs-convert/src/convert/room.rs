@@ -69,6 +69,7 @@ mod tests {
     use erofs::layer::Entry;
     use erofs::meta::{Attr, PackRef};
     use slipway::oci::{ChainId, Platform, Sha256};
+    use slipway::store::LayerFiles;
 
     use super::*;
 
@@ -79,7 +80,8 @@ mod tests {
         let data = Data::Chunked { size: chunks.len() as u64 * UnitBits::DEFAULT.bytes(), unit_bits: UnitBits::DEFAULT, chunks };
         let kind = EntryKind::Node { attr: Attr::default(), content: Content::File(data) };
         let tree = LayerTree::new(packs.map(pack).collect(), vec![Entry { path: b"f".to_vec(), kind }]).unwrap();
-        Finished { digest: Digest::of(&tree.encode()), tree, reused: false }
+        let files = LayerFiles { tree: Digest::of(&tree.encode()), framing: Digest::of(b"no matter") };
+        Finished { files, tree, reused: false }
     }
 
     fn layer(name: &str, size: u64) -> SourceLayer {

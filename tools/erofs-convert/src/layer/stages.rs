@@ -19,7 +19,7 @@ pub enum Stage {
     Unpack,
     /// SHA-256 of the tar.
     TarDigest,
-    /// Reading the tar, cutting files into chunks, and their BLAKE3.
+    /// Reading the tar, cutting files into chunks, and their BLAKE3; compressing the framing.
     Cut,
     /// Compressing units, and the BLAKE3 of those that several chunks share.
     Compress,
