@@ -1,9 +1,14 @@
 //! A pack of the store: its tables verified when it is opened, every unit when it is read.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
+use erofs::block::BLOCK_SIZE;
+use erofs::digest::Digest;
 use erofs::meta::PackRef;
 use erofs::pack::{ChunkEntry, FOOTER_LEN, PackTable, decode_unit};
 use slipway::store::{Name, Store, StoreError};
@@ -20,9 +25,12 @@ impl PackFile {
     /// Opens a pack and verifies its tables.
     pub fn open(store: &Store, pack: &PackRef) -> Result<PackFile, StoreError> {
         let name = Name::Pack(pack.digest);
-        let path = store.dir().join(name.path());
+        PackFile::of(store.open_file(&name)?, store.dir().join(name.path()), pack)
+    }
+
+    /// A pack in an open file, which may have another name yet; verifies its tables.
+    pub fn of(file: File, path: PathBuf, pack: &PackRef) -> Result<PackFile, StoreError> {
         let damaged = |reason: String| StoreError::Damaged { path: path.clone(), reason };
-        let file = store.open_file(&name)?;
         let read = |at: u64, len: usize| {
             let mut bytes = vec![0; len];
             file.read_exact_at(&mut bytes, at).map(|()| bytes).map_err(|e| damaged(e.to_string()))
@@ -65,5 +73,39 @@ impl PackFile {
         let mut unit = vec![0; self.table.unit_len(index)];
         decode_unit(entry, &stored, &mut unit).map_err(|e| failed(&e))?;
         Ok(unit)
+    }
+}
+
+/// Reads chunks of packs that `open` opens. Remembers the unit that the last chunk shared with others: chunks that come in the order they
+/// were stored in are decoded once.
+pub struct BlockReader<F> {
+    open: F,
+    packs: HashMap<Digest, PackFile>,
+    unit: Option<(Digest, u32, Vec<u8>)>,
+}
+
+impl<F: FnMut(&PackRef) -> Result<PackFile, StoreError>> BlockReader<F> {
+    /// Nothing is opened before it is read.
+    pub fn new(open: F) -> BlockReader<F> {
+        BlockReader { open, packs: HashMap::new(), unit: None }
+    }
+
+    /// So many blocks of a pack from `block` on, verified. They lie in one unit.
+    pub fn read(&mut self, pack: &PackRef, block: u32, blocks: u32) -> io::Result<Vec<u8>> {
+        let file = match self.packs.entry(pack.digest) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert((self.open)(pack).map_err(io::Error::other)?),
+        };
+        let (index, first) = (block / pack.unit_bits.blocks(), block % pack.unit_bits.blocks());
+        if blocks == pack.unit_bits.blocks() {
+            return file.unit(index).map_err(io::Error::other);
+        }
+        let unit = match &mut self.unit {
+            Some((of, number, bytes)) if *of == pack.digest && *number == index => bytes,
+            other => &mut other.insert((pack.digest, index, file.unit(index).map_err(io::Error::other)?)).2,
+        };
+        let range = u64::from(first) * BLOCK_SIZE..u64::from(first + blocks) * BLOCK_SIZE;
+        let bytes = unit.get(range.start as usize..range.end as usize);
+        bytes.map(<[u8]>::to_vec).ok_or_else(|| io::Error::other(format!("unit {index} of pack {} ends before block {block}", pack.digest)))
     }
 }

@@ -4,7 +4,9 @@
 
 mod ground;
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::path::PathBuf;
 
 use ground::{Ground, files_below, noise};
 use testbed::{Compression, Entry, Image, Layer};
@@ -60,6 +62,41 @@ fn an_image_that_shares_its_files_costs_what_is_new() {
         let again = ground.convert("oci:img:2");
         assert_eq!((&again["layers"][0]["reused"], &again["layers"][0]["tree"]), (&false.into(), &done["layers"][0]["tree"]));
         fs::remove_dir_all(ground.scratch.join("state/dictionary")).unwrap();
+    }
+}
+
+/// Everything in the store but records, roots and the store's own id, by name.
+fn content(ground: &Ground) -> BTreeMap<PathBuf, Vec<u8>> {
+    let of = |dir: &str| {
+        let dir = ground.store().join(dir);
+        files_below(&dir).into_iter().map(move |name| (name.clone(), fs::read(dir.join(name)).unwrap()))
+    };
+    ["packs", "layers", "meta"].into_iter().flat_map(of).collect()
+}
+
+#[test]
+fn what_layers_of_an_image_share_is_stored_once_whichever_is_converted_first() {
+    // Overlapping stretches of the same files; the upper layers are shorter and done first.
+    let layers: Vec<Layer> = (0..6u64).map(|i| Layer::new(some(&format!("d{i}"), 1 + i * 5, 26 - 3 * i))).collect();
+    let image = layers.iter().fold(Image::new(), |image, layer| image.layer(layer, Compression::Gzip));
+    let mut first: Option<BTreeMap<PathBuf, Vec<u8>>> = None;
+    for jobs in ["1", "2", "8"] {
+        let ground = Ground::new("dedup-layers");
+        ground.layout.add("1", &image).unwrap();
+        let run = ground.run(&["convert", "oci:img:1", "--jobs", jobs]);
+        assert_eq!(run.code, 0, "{}", run.err);
+        assert_eq!(files_below(&ground.store().join("tmp")).len(), 0, "what was packed again is gone");
+        match &first {
+            None => {
+                // Of the six layers 40 MB; a few files of each are not worth a reference to the layer that has them.
+                let all: u64 = (1..37).map(|seed: u64| (seed * 37_813 % 700_000).next_multiple_of(4096)).sum();
+                let stored = packs(&ground);
+                assert!(stored < all + all / 3, "{stored} bytes for {all}");
+                assert_checks(&ground, "oci:img:1");
+                first = Some(content(&ground));
+            }
+            Some(first) => assert!(*first == content(&ground), "--jobs {jobs} gave other bytes than --jobs 1"),
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! One layer's way from the source into the store.
 //!
-//! blob bytes → blob digest → unpacking │ → diff ID → tar → units → packs, framing (temporary) → both digests right → packs, framing, tree,
-//! journal. The bar is where one thread hands over to another.
+//! blob bytes → blob digest → unpacking │ → diff ID → tar → units → packs, framing (temporary) → both digests right → settled beside the layers
+//! below → packs, framing, tree, journal. The bar is where one thread hands over to another.
 
 use std::io::{self, Write};
 use std::thread::available_parallelism;
 
 use erofs::digest::Digest;
+use erofs::meta::PackRef;
 use slipway::oci::{Source, SourceImage, SourceLayer, VerifyReader};
 use slipway::store::{FramingTemp, LayerFiles, Name, Store, StoreError, Temp};
 use tokio_util::sync::CancellationToken;
@@ -14,11 +15,13 @@ use tokio_util::sync::CancellationToken;
 use super::{Context, Finished, state_failure};
 use crate::failure::{Failure, Thrown};
 use crate::journal::{Entry, Journal};
+use crate::layer::settle::Before;
 use crate::layer::{ConvertError, Converted, Elsewhere, LayerOptions, PackSink, Stage, Stages, convert_layer_beside};
 use crate::leftovers::Leftovers;
+use crate::pack_file::{BlockReader, PackFile};
 use crate::pipe;
-use crate::progress::layer_title;
-use crate::stop::{self, StoppableReader};
+use crate::progress::{LayerProgress, layer_title};
+use crate::stop::{self, StoppableReader, Stopped};
 use crate::unpack::Unpack;
 
 /// Compression threads per layer. Inflating and hashing feed one layer with a few hundred MB/s at most, and one thread of zstd level 1
@@ -40,18 +43,33 @@ pub(super) struct LayerJob<'a> {
     pub stages: &'a Stages,
 }
 
-impl LayerJob<'_> {
-    /// Converts layer `number` and puts it into the store.
-    pub(super) fn run(&self, number: usize, layer: &SourceLayer) -> Result<Finished, Failure> {
+/// A converted layer that is not in the store yet.
+pub(super) struct Waiting<'a> {
+    number: usize,
+    layer: &'a SourceLayer,
+    converted: Converted<FramingTemp>,
+    packs: Vec<(SinkFile, Digest)>,
+    progress: LayerProgress<'a>,
+}
+
+impl<'a> LayerJob<'a> {
+    /// Converts layer `number`; both its digests are right then.
+    pub(super) fn convert(&self, number: usize, layer: &'a SourceLayer) -> Result<Waiting<'a>, Failure> {
         let count = self.image.layers.len();
-        let (converted, packs, progress) = loop {
+        loop {
             let progress = self.context.progress.layer(number, count, layer.digest, layer.size);
             let blob = stop::wait(self.context.runtime, self.stop, self.source.open_layer(layer))??;
             let advance = |more| progress.advance(more);
             let blob = self.stages.reader(Stage::Fetch, StoppableReader::new(blob, self.context.runtime, self.stop, &advance));
-            let mut sink = StoreSink { store: self.store, leftovers: self.leftovers, finished: Vec::new() };
+            let mut sink = self.sink();
             match self.read(number, layer, blob, &mut sink) {
-                Ok(converted) => break (converted, sink.finished, progress),
+                Ok(converted) => {
+                    for (temp, _) in &sink.finished {
+                        // While other layers are at work, and not when it is this one's turn to be published.
+                        temp.0.file().sync_data().map_err(|error| StoreError::writing(temp.0.path(), error))?;
+                    }
+                    return Ok(Waiting { number, layer, converted, packs: sink.finished, progress });
+                }
                 // A wrong diff ID is the image's fault, and every host's blob will have it.
                 Err(Failure::Damaged { source, .. }) if source.expected() == layer.digest && self.source.was_wrong(layer) => {
                     let title = layer_title(number, count, layer.digest);
@@ -59,8 +77,36 @@ impl LayerJob<'_> {
                 }
                 Err(failure) => return Err(failure),
             }
+        }
+    }
+
+    /// Takes out of a layer's packs what the layers `below` have, if that is worth it.
+    pub(super) fn settle(&self, waiting: &mut Waiting<'_>, below: Elsewhere<'_>) -> Result<(), Failure> {
+        let Waiting { number, layer, converted, packs, .. } = waiting;
+        let failed = |error| layer_failure(self.image, *number, layer, error);
+        let mut sink = self.sink();
+        let before = Before { chunks: &converted.chunks, places: &converted.places, own: &converted.own };
+        let mut reader = BlockReader::new(|pack: &PackRef| {
+            let temp = packs.iter().find(|(_, name)| *name == pack.digest).map(|(temp, _)| &temp.0).expect("it was made just now");
+            let file = temp.file().try_clone().map_err(|error| StoreError::writing(temp.path(), error))?;
+            PackFile::of(file, temp.path().to_owned(), pack)
+        });
+        let read = |pack: &PackRef, block, blocks| {
+            if self.stop.is_cancelled() { Err(io::Error::other(Stopped)) } else { reader.read(pack, block, blocks) }
         };
-        // Both digests are right from here on.
+        let moves = self.stages.time(Stage::Cut, || before.settle(below, &mut sink, &self.options(), read));
+        let Some(moves) = moves.map_err(failed)? else { return Ok(()) };
+        drop(reader);
+        converted.tree = moves.tree(std::mem::take(&mut converted.tree)).map_err(failed)?;
+        moves.places(&mut converted.places);
+        converted.own.clone_from(&moves.own);
+        *packs = sink.finished;
+        Ok(())
+    }
+
+    /// Puts a layer into the store.
+    pub(super) fn publish(&self, waiting: Waiting<'_>) -> Result<Finished, Failure> {
+        let Waiting { number, layer, converted, packs, progress } = waiting;
         for (temp, name) in packs {
             if self.stop.is_cancelled() {
                 return Err(Failure::Stopped);
@@ -78,6 +124,15 @@ impl LayerJob<'_> {
         Ok(Finished { files, tree, reused: false })
     }
 
+    fn options(&self) -> LayerOptions {
+        let threads = available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS));
+        LayerOptions { threads, stages: self.stages.clone(), ..LayerOptions::default() }
+    }
+
+    fn sink(&self) -> StoreSink<'a> {
+        StoreSink { store: self.store, leftovers: self.leftovers, finished: Vec::new() }
+    }
+
     /// The layer, with its packs complete in `sink`, if blob digest and diff ID are right.
     fn read(
         &self,
@@ -91,8 +146,7 @@ impl LayerJob<'_> {
         let blob = VerifyReader::new(blob, "the layer's blob", layer.digest, Some(layer.size));
         let blob = self.stages.reader(Stage::BlobDigest, blob);
         let unpack = self.stages.reader(Stage::Unpack, Unpack::new(blob).map_err(read_error).map_err(failed)?);
-        let threads = available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS));
-        let options = LayerOptions { threads, stages: self.stages.clone(), ..LayerOptions::default() };
+        let options = self.options();
         let framing = self.store.framing_temp()?;
         self.leftovers.note(framing.path()).map_err(|source| failed(ConvertError::Store { source }))?;
         let (result, unpack) = pipe::run(unpack, |tar| {

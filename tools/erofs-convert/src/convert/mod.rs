@@ -1,8 +1,9 @@
 //! From an image to a store: resolve, reuse what is there, convert the other layers, fold, publish.
 //!
 //! Nothing is made anywhere before the image has been found. What becomes visible, and when (invariant 2): a layer's packs, framing and tree once all its digests were verified, then the top's metadata
-//! image, then signed records from the lowest chain to the top, and the image root last. A conversion that stops anywhere leaves
-//! whole files that no record names, which the next run finds through the journal.
+//! image, then signed records from the lowest chain to the top, and the image root last. Layers come in order, from the lowest. A conversion that stops
+//! anywhere leaves whole files that no record names, which the next run finds through the journal; what is lost are layers that
+//! were not finished or waited for one below them.
 
 pub(crate) mod compact;
 pub mod cost;
@@ -12,6 +13,7 @@ mod publish;
 pub mod report;
 mod reuse;
 mod room;
+mod settle;
 pub mod target;
 
 use std::collections::HashMap;
@@ -40,6 +42,7 @@ use compact::CompactLayer;
 use cost::{Cost, Meter};
 use layer_job::LayerJob;
 pub(crate) use layer_job::layer_failure;
+use settle::Settling;
 use target::{PushedTarget, TargetKind, TargetOptions, Under};
 
 /// What to convert and where to.
@@ -175,31 +178,34 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
 }
 
 /// Converts the layers `todo`, referring to what the packs that `reach` has hold already.
-fn convert_layers(
-    job: &LayerJob<'_>,
+fn convert_layers<'a>(
+    job: &LayerJob<'a>,
     options: &Options,
     reach: &Reach,
-    todo: Vec<(usize, &SourceLayer)>,
+    todo: Vec<(usize, &'a SourceLayer)>,
     finished: &mut HashMap<DiffId, Finished>,
 ) -> Result<(), Failure> {
     let LayerJob { context, image, store, stop, .. } = *job;
-    let run = |job: &LayerJob<'_>, todo: Vec<(usize, &SourceLayer)>| {
-        in_parallel(options.jobs, todo, stop, |(number, layer)| Ok((layer.diff_id, job.run(number, layer)?)))
-    };
     if !todo.is_empty() {
         let dictionary = Dictionary::open(store, reach, LayerOptions::default().unit_bits, &options.state, stop)?;
         let elsewhere = Elsewhere { known: &dictionary, max_packs: room::share(finished, &todo) };
-        finished.extend(run(&LayerJob { elsewhere, ..*job }, todo)?);
+        let job = LayerJob { elsewhere, ..*job };
+        let settling = Settling::new(&job, finished, todo.iter().map(|(number, _)| *number));
+        let begun = begin_order(todo, options.jobs);
+        in_parallel(options.jobs, begun, stop, |(number, layer)| settling.take(number, job.convert(number, layer)?))?;
+        let settled = settling.finish();
+        finished.extend(settled);
     }
     let crowded = room::crowded(image, finished);
     if !crowded.is_empty() {
         context.progress.say(&format!("the image refers to too many packs: converting {} layers without the packs of others", crowded.len()));
-        finished.extend(run(job, crowded)?);
+        let alone = |(number, layer): (usize, &'a SourceLayer)| Ok((layer.diff_id, job.publish(job.convert(number, layer)?)?));
+        finished.extend(in_parallel(options.jobs, crowded, stop, alone)?);
     }
     Ok(())
 }
 
-/// The layers to convert with their numbers (from 1): each diff ID once, largest first, so that the last one running is a small one.
+/// The layers to convert with their numbers (from 1): each diff ID once, from the lowest.
 fn missing_layers<'a>(image: &'a SourceImage, finished: &HashMap<DiffId, Finished>) -> Vec<(usize, &'a SourceLayer)> {
     let mut missing: Vec<(usize, &SourceLayer)> = Vec::new();
     for (i, layer) in image.layers.iter().enumerate() {
@@ -207,8 +213,19 @@ fn missing_layers<'a>(image: &'a SourceImage, finished: &HashMap<DiffId, Finishe
             missing.push((i + 1, layer));
         }
     }
-    missing.sort_by_key(|(number, layer)| (std::cmp::Reverse(layer.size), *number));
     missing
+}
+
+/// The order in which layers are begun: from the lowest, since a layer comes into the store after those below it. But one that would keep the
+/// others waiting at the end, being as large as what each of the others' threads has left, goes first.
+fn begin_order(mut todo: Vec<(usize, &SourceLayer)>, jobs: usize) -> Vec<(usize, &SourceLayer)> {
+    let mut order = Vec::with_capacity(todo.len());
+    while !todo.is_empty() {
+        let total: u64 = todo.iter().map(|(_, layer)| layer.size).sum();
+        let long = todo.iter().position(|(_, layer)| layer.size.saturating_mul(jobs as u64) >= total);
+        order.push(todo.remove(long.unwrap_or(0)));
+    }
+    order
 }
 
 /// The state directory holds a private key.

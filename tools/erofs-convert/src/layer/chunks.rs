@@ -1,4 +1,4 @@
-//! File data to chunks: cut, compared with zeros, with what the layer already has and with what is stored elsewhere, placed into units.
+//! File data to chunks: cut, compared with zeros, with what the layer already has and with what is stored elsewhere.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -7,22 +7,18 @@ use erofs::block::{BLOCK_SIZE, UnitBits, blocks_for};
 use erofs::digest::Digest;
 use erofs::framing::Place;
 use erofs::meta::{Chunk, Data, PackRef};
-use erofs::pack::{MAX_PACK_BYTES, PlacedUnit, Placer};
 
 use super::ConvertError;
-use super::compress::{Feeder, Unit};
+use super::compress::Feeder;
 use super::intake::Archive;
-use super::known::{Elsewhere, Found};
+use super::known::Elsewhere;
+use super::packing::{ChunkId, Packed, Packing};
 use super::runs::{Decided, Runs};
 
 /// Files up to this size are kept in the metadata image itself. In a pack even one byte takes a 4 KiB block of a unit and 8 bytes of chunk
 /// index, and a request of its own to read; in the image it comes along with the inode, whose block (of 4 KiB, with dozens of inodes) is
 /// read anyway. Beyond a few hundred bytes the image, which must be local before a container starts, would grow for data nobody may want.
 pub const INLINE_LIMIT: u64 = 256;
-
-/// Number of a chunk in the order the layer first has them.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) struct ChunkId(u32);
 
 /// All zeros.
 const HOLE: ChunkId = ChunkId(u32::MAX);
@@ -36,16 +32,10 @@ pub(super) enum FileData {
 /// Takes files' data and feeds units to the compressors. Per distinct chunk it remembers some 70 bytes.
 pub(super) struct Chunker<'f> {
     unit_bits: UnitBits,
-    placer: Placer<(ChunkId, Digest)>,
-    seen: HashMap<Digest, ChunkId>,
-    places: Vec<Placed>,
-    units: u32,
-    feeder: &'f Feeder,
+    seen: HashMap<Digest, (ChunkId, u32)>,
     runs: Runs<'f, NewChunk>,
     decided: Vec<Decided<NewChunk>>,
-    /// Packs of others that chunks are in, and their numbers.
-    others: Vec<PackRef>,
-    other_numbers: HashMap<Digest, u32>,
+    packing: Packing<'f>,
 }
 
 /// A chunk that the layer has for the first time.
@@ -55,38 +45,18 @@ struct NewChunk {
     bytes: Vec<u8>,
 }
 
-/// Where a chunk is.
-#[derive(Clone, Copy)]
-enum Placed {
-    /// In this unit of the layer, at this block of the unit.
-    Own { unit: u32, block: u32 },
-    /// In this one of the packs of others, at this block.
-    Elsewhere { other: u32, block: u32 },
-}
-
-/// Where every chunk of a layer is.
-pub(super) struct Places {
+/// The chunks of a layer.
+pub(super) struct Chunked {
     unit_bits: UnitBits,
-    units: u32,
-    places: Vec<Placed>,
-    /// Packs of others that chunks are in.
-    pub others: Vec<PackRef>,
+    packed: Packed,
+    /// Digest and blocks of every chunk, by its number.
+    pub chunks: Vec<(Digest, u32)>,
 }
 
 impl<'f> Chunker<'f> {
     pub fn new(unit_bits: UnitBits, feeder: &'f Feeder, elsewhere: Elsewhere<'f>) -> Chunker<'f> {
-        Chunker {
-            unit_bits,
-            placer: Placer::new(unit_bits),
-            seen: HashMap::new(),
-            places: Vec::new(),
-            units: 0,
-            feeder,
-            runs: Runs::new(elsewhere),
-            decided: Vec::new(),
-            others: Vec::new(),
-            other_numbers: HashMap::new(),
-        }
+        let (runs, packing) = (Runs::new(elsewhere), Packing::new(unit_bits, feeder));
+        Chunker { unit_bits, seen: HashMap::new(), runs, decided: Vec::new(), packing }
     }
 
     /// Takes the data of a regular file, all of what the archive has for it.
@@ -129,12 +99,11 @@ impl<'f> Chunker<'f> {
         }
         let blocks = blocks_for(bytes.len() as u64);
         let digest = Digest::of_padded(&bytes, blocks * BLOCK_SIZE);
-        if let Some(id) = self.seen.get(&digest) {
+        if let Some((id, _)) = self.seen.get(&digest) {
             return Ok(*id);
         }
-        let id = ChunkId(self.places.len() as u32);
-        self.seen.insert(digest, id);
-        self.places.push(Placed::Own { unit: u32::MAX, block: 0 });
+        let id = self.packing.number();
+        self.seen.insert(digest, (id, blocks as u32));
         let pushed = self.runs.push(NewChunk { id, digest, bytes }, &digest, blocks as u32, &mut self.decided);
         pushed.map_err(|source| ConvertError::Store { source })?;
         self.place()?;
@@ -143,61 +112,32 @@ impl<'f> Chunker<'f> {
 
     /// Gives the chunks that are decided their places.
     fn place(&mut self) -> Result<(), ConvertError> {
-        let mut decided = std::mem::take(&mut self.decided);
-        for (NewChunk { id, digest, bytes }, place) in decided.drain(..) {
-            match place {
-                Some(Found { pack, block, .. }) => {
-                    let other = *self.other_numbers.entry(pack.digest).or_insert_with(|| {
-                        self.others.push(pack);
-                        self.others.len() as u32 - 1
-                    });
-                    self.places[id.0 as usize] = Placed::Elsewhere { other, block };
-                }
-                None => {
-                    if let Some(unit) = self.placer.push(bytes, (id, digest)) {
-                        self.send(unit)?;
-                    }
-                }
+        for (NewChunk { id, digest, bytes }, found) in self.decided.drain(..) {
+            match found {
+                Some(found) => self.packing.refer(id, &found.pack, found.block),
+                None => self.packing.store(id, digest, bytes)?,
             }
         }
-        self.decided = decided;
         Ok(())
     }
 
-    fn send(&mut self, unit: PlacedUnit<(ChunkId, Digest)>) -> Result<(), ConvertError> {
-        for piece in &unit.pieces {
-            self.places[piece.handle.0.0 as usize] = Placed::Own { unit: self.units, block: piece.block };
-        }
-        self.units += 1;
-        // A chunk that fills its unit has the unit's digest.
-        let digest = match unit.pieces[..] {
-            [piece] if piece.blocks as u64 * BLOCK_SIZE == unit.data.len() as u64 => Some(piece.handle.1),
-            _ => None,
-        };
-        let chunks = unit.pieces.iter().map(|p| (p.handle.1, p.block, p.blocks)).collect();
-        self.feeder.send(Unit { data: unit.data, digest, chunks })
-    }
-
     /// Sends what is left; from then on every chunk has its place.
-    pub fn finish(mut self) -> Result<Places, ConvertError> {
+    pub fn finish(mut self) -> Result<Chunked, ConvertError> {
         self.runs.end(&mut self.decided);
         self.place()?;
-        let last = std::mem::replace(&mut self.placer, Placer::new(self.unit_bits)).finish();
-        if let Some(unit) = last {
-            self.send(unit)?;
+        let mut chunks = vec![(Digest([0; 32]), 0); self.seen.len()];
+        for (digest, (id, blocks)) in self.seen {
+            chunks[id.0 as usize] = (digest, blocks);
         }
-        Ok(Places { unit_bits: self.unit_bits, units: self.units, places: self.places, others: self.others })
+        Ok(Chunked { unit_bits: self.unit_bits, packed: self.packing.finish()?, chunks })
     }
 }
 
-impl Places {
+impl Chunked {
     /// A file's data with its chunks in packs.
     pub fn data(&self, data: FileData) -> Data {
-        let chunk = |id: ChunkId| match self.places.get(id.0 as usize) {
-            Some(placed) => {
-                let Place { pack, block } = self.place(*placed);
-                Chunk::At { pack, block }
-            }
+        let chunk = |id: ChunkId| match self.packed.get(id) {
+            Some(Place { pack, block }) => Chunk::At { pack, block },
             None => Chunk::Hole,
         };
         match data {
@@ -207,17 +147,13 @@ impl Places {
     }
 
     /// Where every chunk is, by its number, as a framing has it.
-    pub fn of_chunks(&self) -> Vec<Place> {
-        self.places.iter().map(|placed| self.place(*placed)).collect()
+    pub fn places(&self) -> Vec<Place> {
+        self.packed.of_chunks()
     }
 
-    /// First come the layer's own packs, of which every one but the last is full, then those of others.
-    fn place(&self, placed: Placed) -> Place {
-        let units_per_pack = (MAX_PACK_BYTES / self.unit_bits.bytes()) as u32;
-        match placed {
-            Placed::Own { unit, block } => Place { pack: unit / units_per_pack, block: unit % units_per_pack * self.unit_bits.blocks() + block },
-            Placed::Elsewhere { other, block } => Place { pack: self.units.div_ceil(units_per_pack) + other, block },
-        }
+    /// Packs of others that chunks are in.
+    pub fn others(&self) -> &[PackRef] {
+        &self.packed.others
     }
 }
 

@@ -25,7 +25,9 @@ mod compress;
 mod header;
 mod intake;
 pub mod known;
+mod packing;
 pub mod runs;
+pub mod settle;
 mod sink;
 mod stages;
 mod upper;
@@ -35,6 +37,7 @@ use std::io::{self, Read, Write};
 use std::time::Duration;
 
 use erofs::block::UnitBits;
+use erofs::digest::Digest;
 use erofs::framing::{FramingWriter, Places};
 use erofs::layer::{LayerError, LayerTree};
 use erofs::meta::{Content, PackRef};
@@ -166,6 +169,8 @@ pub struct Converted<W: Write> {
     pub places: Places,
     /// Packs made for it. Its chunks may be in others as well.
     pub own: Vec<PackRef>,
+    /// Digest and blocks of every chunk, by its number.
+    pub chunks: Vec<(Digest, u32)>,
 }
 
 /// Converts one layer without a framing, for those who want nothing back but what it says.
@@ -193,7 +198,7 @@ pub fn convert_layer_beside<W: Write>(
     framing: W,
     options: &LayerOptions,
 ) -> Result<Converted<W>, ConvertError> {
-    let ((upper, framing, places), own) = compress::run(sink, options, |feeder| {
+    let ((upper, framing, chunked), own) = compress::run(sink, options, |feeder| {
         let mut archive = Archive::new(reader, framing, options.unit_bits, &options.budget)?;
         let mut upper = Upper::new();
         let mut chunker = Chunker::new(options.unit_bits, feeder, elsewhere);
@@ -209,12 +214,12 @@ pub fn convert_layer_beside<W: Write>(
         return Err(ConvertError::Tree { source });
     }
     let entries = upper.into_entries(|body| match body {
-        Body::Data(data) => Content::File(places.data(data)),
+        Body::Data(data) => Content::File(chunked.data(data)),
         Body::Other(content) => content,
     });
-    let packs: Vec<PackRef> = own.iter().chain(&places.others).copied().collect();
+    let packs: Vec<PackRef> = own.iter().chain(chunked.others()).copied().collect();
     let tree = LayerTree::new(packs.clone(), entries).map_err(|source| ConvertError::Tree { source })?;
-    Ok(Converted { tree, framing, places: Places::new(packs, places.of_chunks()), own })
+    Ok(Converted { tree, framing, places: Places::new(packs, chunked.places()), own, chunks: chunked.chunks })
 }
 
 /// Puts one entry into the layer's directory, its data into chunks.

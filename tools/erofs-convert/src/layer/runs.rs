@@ -44,7 +44,12 @@ struct Run<T> {
 
 impl<'k, T> Runs<'k, T> {
     pub fn new(elsewhere: Elsewhere<'k>) -> Runs<'k, T> {
-        Runs { elsewhere, run: None, used: HashSet::new(), missed: HashMap::new() }
+        Runs::beside(elsewhere, [])
+    }
+
+    /// For a layer that refers to some packs already.
+    pub fn beside(elsewhere: Elsewhere<'k>, used: impl IntoIterator<Item = Digest>) -> Runs<'k, T> {
+        Runs { elsewhere, run: None, used: used.into_iter().collect(), missed: HashMap::new() }
     }
 
     /// Takes the next piece; gives to `decided` what is decided now.

@@ -58,7 +58,7 @@ fn archive(files: &[(String, Vec<u8>)]) -> Vec<u8> {
 fn beside(shelf: &Shelf, tar: &[u8], max_packs: usize) -> (LayerTree, Vec<u8>, Vec<PackRef>, MemorySink) {
     let mut sink = MemorySink::default();
     let elsewhere = Elsewhere { known: shelf, max_packs };
-    let Converted { tree, framing, places, own } = convert_layer_beside(elsewhere, tar, &mut sink, Vec::new(), &options(2)).unwrap();
+    let Converted { tree, framing, places, own, .. } = convert_layer_beside(elsewhere, tar, &mut sink, Vec::new(), &options(2)).unwrap();
     (tree, framing.finish(&places).unwrap(), own, sink)
 }
 
@@ -136,5 +136,79 @@ proptest! {
         let others: BTreeMap<_, _> = referred(&tree).into_iter().filter(|(pack, _)| !own.contains(pack)).collect();
         prop_assert!(others.len() <= max_packs);
         prop_assert!(others.values().all(|bytes| *bytes >= runs::RUN), "{:?}", others);
+    }
+}
+
+/// Reads blocks of packs in memory.
+fn blocks_of(sink: &MemorySink) -> impl FnMut(&PackRef, u32, u32) -> io::Result<Vec<u8>> {
+    |pack, block, blocks| {
+        let file = &sink.packs[&pack.digest];
+        let footer = PackTable::parse_footer(&pack.digest, &file[file.len() - 4096..]).unwrap();
+        let (at, len) = footer.unit_table();
+        let table = PackTable::parse(footer, &file[at as usize..at as usize + len]).unwrap();
+        let (unit, mut bytes) = (table.unit(block / 16).unwrap(), vec![0; table.unit_len(block / 16)]);
+        decode_unit(unit, &file[unit.offset as usize..][..unit.stored_len as usize], &mut bytes).unwrap();
+        Ok(bytes[block as usize % 16 * 4096..][..blocks as usize * 4096].to_vec())
+    }
+}
+
+/// Converts layers alone and settles them from the lowest: trees, framings, packs that stay, and bytes saved.
+fn image(layers: &[Vec<(String, Vec<u8>)>]) -> (Vec<LayerTree>, Vec<Vec<u8>>, MemorySink, u64) {
+    let (mut shelf, mut kept, mut saved) = (Shelf::default(), MemorySink::default(), 0);
+    let (mut trees, mut framings) = (Vec::new(), Vec::new());
+    let size = |packs: &[PackRef]| packs.iter().map(|pack| u64::from(pack.blocks) * 4096).sum::<u64>();
+    for files in layers {
+        let (mut first, mut again) = (MemorySink::default(), MemorySink::default());
+        let converted = convert_layer_framed(&archive(files)[..], &mut first, Vec::new(), &options(2)).unwrap();
+        let Converted { mut tree, framing, mut places, own, chunks } = converted;
+        let before = settle::Before { chunks: &chunks, places: &places, own: &own };
+        let moves = before.settle(Elsewhere { known: &shelf, max_packs: 9 }, &mut again, &options(2), blocks_of(&first)).unwrap();
+        if let Some(moves) = moves {
+            tree = moves.tree(tree).unwrap();
+            moves.places(&mut places);
+            saved += size(&own) - size(&moves.own);
+            first = again;
+        }
+        shelf.add(&first);
+        kept.packs.extend(first.packs);
+        framings.push(framing.finish(&places).unwrap());
+        trees.push(tree);
+    }
+    (trees, framings, kept, saved)
+}
+
+#[test]
+fn a_layer_loses_what_the_layers_below_have_and_nothing_else() {
+    let seeds: Vec<u8> = (0..40).collect();
+    let layers = [files(&seeds[..30]), files(&[&[100], &seeds[5..25], &[101], &seeds[30..], &seeds[28..30]].concat()), files(&seeds[10..35])];
+    let (trees, framings, packs, saved) = image(&layers);
+    for ((files, tree), framing) in layers.iter().zip(&trees).zip(&framings) {
+        for (name, bytes) in files {
+            assert!(read_back(tree, &packs, name) == *bytes, "{name}");
+        }
+        assert!(packs.tar(framing) == archive(files));
+    }
+    let bytes = |seeds: &[u8]| files(seeds).iter().map(|(_, bytes)| bytes.len().next_multiple_of(4096) as u64).sum::<u64>();
+    // Files 28 and 29 are no run worth it, and neither are 30 to 34 after the others, which are in another pack.
+    assert!(saved >= bytes(&seeds[5..25]) + bytes(&seeds[10..30]), "{saved}");
+    assert_eq!(trees.iter().map(|tree| tree.packs.len()).collect::<Vec<_>>(), [1, 2, 2]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn settled_layers_read_back_whatever_is_below_them(layers in prop::collection::vec(prop::collection::vec((0u8..80, 1u8..25), 1..4), 1..5)) {
+        let layers: Vec<_> = layers.iter().map(|of| files(&of.iter().flat_map(|(from, len)| *from..from + len).collect::<Vec<u8>>())).collect();
+        let (trees, framings, packs, _) = image(&layers);
+        for ((files, tree), framing) in layers.iter().zip(&trees).zip(&framings) {
+            for (name, bytes) in files {
+                prop_assert!(read_back(tree, &packs, name) == *bytes, "{}", name);
+            }
+            prop_assert!(packs.tar(framing) == archive(files));
+            prop_assert_eq!(&LayerTree::decode(&tree.encode()).unwrap(), tree);
+        }
+        let again = image(&layers);
+        prop_assert!((again.0, again.1, again.2.packs) == (trees, framings, packs.packs));
     }
 }

@@ -1,0 +1,136 @@
+//! A converted layer beside the layers below it: what they have as well is referred to there, and the layer packed again without it.
+//!
+//! Layers of an image are converted at the same time and know nothing of each other. Which chunks move is decided afterwards, by the same rule
+//! as for packs of other images ([`super::runs`]). If any do, the rest of the layer's own chunks is read back from its packs, verified, and goes the same
+//! way to new packs; then tree and framing follow ([`Moves`]).
+
+use std::collections::HashMap;
+use std::io;
+
+use erofs::digest::Digest;
+use erofs::framing::{Place, Places};
+use erofs::layer::{EntryKind, LayerTree};
+use erofs::meta::{Chunk, Content, Data, PackRef};
+
+use super::known::{Elsewhere, Found};
+use super::packing::Packing;
+use super::runs::Runs;
+use super::{ConvertError, LayerOptions, PackSink, compress};
+
+/// Chunks of a layer as it was packed first.
+#[derive(Clone, Copy, Debug)]
+pub struct Before<'a> {
+    /// Digest and blocks of every chunk, by its number.
+    pub chunks: &'a [(Digest, u32)],
+    /// Where they are.
+    pub places: &'a Places,
+    /// The packs that were made for the layer. The others stay as they are.
+    pub own: &'a [PackRef],
+}
+
+/// Where the chunks of a layer went when it was packed again. Everything that refers to chunks follows through this, the tree as well as the framing.
+#[derive(Debug)]
+pub struct Moves {
+    /// Packs made now.
+    pub own: Vec<PackRef>,
+    packs: Vec<PackRef>,
+    to: HashMap<(Digest, u32), Place>,
+}
+
+impl Before<'_> {
+    fn pack(&self, place: &Place) -> &PackRef {
+        &self.places.packs[place.pack as usize]
+    }
+
+    /// Packs the layer again without what is worth a reference `elsewhere`; `None` if nothing is. `read` gives so many blocks from a place in one of
+    /// the layer's own packs, verified.
+    pub fn settle(
+        &self,
+        elsewhere: Elsewhere<'_>,
+        sink: &mut impl PackSink,
+        options: &LayerOptions,
+        read: impl FnMut(&PackRef, u32, u32) -> io::Result<Vec<u8>>,
+    ) -> Result<Option<Moves>, ConvertError> {
+        let found = self.find(elsewhere).map_err(|source| ConvertError::Store { source })?;
+        if found.is_empty() { Ok(None) } else { self.repack(&found, sink, options, read).map(Some) }
+    }
+
+    /// The chunks, by their numbers, that are worth a reference.
+    fn find(&self, elsewhere: Elsewhere<'_>) -> io::Result<HashMap<u32, Found>> {
+        let is_own = |place: &Place| self.own.contains(self.pack(place));
+        let used = self.places.packs.iter().filter(|pack| !self.own.contains(pack)).map(|pack| pack.digest);
+        let mut runs = Runs::beside(elsewhere, used);
+        let mut decided = Vec::new();
+        for (number, ((digest, blocks), place)) in self.chunks.iter().zip(&self.places.chunks).enumerate() {
+            if is_own(place) {
+                runs.push(number as u32, digest, *blocks, &mut decided)?;
+            } else {
+                runs.end(&mut decided);
+            }
+        }
+        runs.end(&mut decided);
+        Ok(decided.into_iter().filter_map(|(number, found)| Some((number, found?))).collect())
+    }
+
+    fn repack(
+        &self,
+        found: &HashMap<u32, Found>,
+        sink: &mut impl PackSink,
+        options: &LayerOptions,
+        mut read: impl FnMut(&PackRef, u32, u32) -> io::Result<Vec<u8>>,
+    ) -> Result<Moves, ConvertError> {
+        let (packed, own) = compress::run(sink, options, |feeder| {
+            let mut packing = Packing::new(options.unit_bits, feeder);
+            for (number, ((digest, blocks), place)) in self.chunks.iter().zip(&self.places.chunks).enumerate() {
+                let (id, pack) = (packing.number(), self.pack(place));
+                match found.get(&(number as u32)) {
+                    Some(found) => packing.refer(id, &found.pack, found.block),
+                    None if self.own.contains(pack) => {
+                        let bytes = read(pack, place.block, *blocks).map_err(|source| ConvertError::Store { source })?;
+                        packing.store(id, *digest, bytes)?;
+                    }
+                    None => packing.refer(id, pack, place.block),
+                }
+            }
+            packing.finish()
+        })?;
+        let to = self.places.chunks.iter().zip(packed.of_chunks()).map(|(from, to)| ((self.pack(from).digest, from.block), to)).collect();
+        let packs = own.iter().chain(&packed.others).copied().collect();
+        Ok(Moves { own, packs, to })
+    }
+}
+
+impl Moves {
+    /// Where the chunk is now that was at `block` of `pack`: number of the pack in [`Moves::packs`], and block.
+    ///
+    /// Panics if no chunk of the layer was there.
+    pub fn place(&self, pack: &PackRef, block: u32) -> Place {
+        self.to[&(pack.digest, block)]
+    }
+
+    /// The packs that chunks of the layer are in now.
+    pub fn packs(&self) -> &[PackRef] {
+        &self.packs
+    }
+
+    /// The layer's tree after the move.
+    pub fn tree(&self, tree: LayerTree) -> Result<LayerTree, ConvertError> {
+        let LayerTree { packs, mut entries } = tree;
+        for entry in &mut entries {
+            let EntryKind::Node { content: Content::File(Data::Chunked { chunks, .. }), .. } = &mut entry.kind else { continue };
+            for chunk in chunks {
+                if let Chunk::At { pack, block } = *chunk {
+                    let now = self.place(&packs[pack as usize], block);
+                    *chunk = Chunk::At { pack: now.pack, block: now.block };
+                }
+            }
+        }
+        LayerTree::new(self.packs.clone(), entries).map_err(|source| ConvertError::Tree { source })
+    }
+
+    /// The places of a framing after the move.
+    pub fn places(&self, places: &mut Places) {
+        let before = places.packs.clone();
+        places.map(&self.packs, |place| self.place(&before[place.pack as usize], place.block));
+    }
+}
