@@ -43,6 +43,10 @@ fn an_image_that_shares_its_files_costs_what_is_new() {
     let grown = packs(&ground) - before;
     assert!(grown >= new as u64 && grown <= new as u64 + 20_000, "{before} bytes grew by {grown}");
     assert_eq!(done["packs"].as_array().unwrap().len(), 3);
+    let shared: u64 = (1..21).chain(100..110).map(|seed: u64| (seed * 37_813 % 700_000).next_multiple_of(4096)).sum();
+    let expected = serde_json::json!({"new": new.next_multiple_of(4096), "newStored": grown, "present": shared, "ratio": done["data"]["ratio"]});
+    assert_eq!(done["data"], expected);
+    assert!(done["data"]["ratio"].as_f64().is_some_and(|ratio| ratio > 0.96 && ratio < 1.0), "{}", done["data"]);
     for image in ["oci:img:1", "oci:img:2"] {
         assert_checks(&ground, image);
     }

@@ -9,10 +9,10 @@ use std::thread::available_parallelism;
 use erofs::digest::Digest;
 use erofs::meta::PackRef;
 use slipway::oci::{Source, SourceImage, SourceLayer, VerifyReader};
-use slipway::store::{FramingTemp, LayerFiles, Name, Store, StoreError, Temp};
+use slipway::store::{FramingTemp, LayerFiles, Name, Published, Store, StoreError, Temp};
 use tokio_util::sync::CancellationToken;
 
-use super::{Context, Finished, state_failure};
+use super::{Context, Finished, reuse, state_failure};
 use crate::failure::{Failure, Thrown};
 use crate::journal::{Entry, Journal};
 use crate::layer::settle::Before;
@@ -107,11 +107,14 @@ impl<'a> LayerJob<'a> {
     /// Puts a layer into the store.
     pub(super) fn publish(&self, waiting: Waiting<'_>) -> Result<Finished, Failure> {
         let Waiting { number, layer, converted, packs, progress } = waiting;
+        let mut new_packs = Vec::new();
         for (temp, name) in packs {
             if self.stop.is_cancelled() {
                 return Err(Failure::Stopped);
             }
-            self.store.publish(temp.0, &Name::Pack(name))?;
+            if self.store.publish(temp.0, &Name::Pack(name))? != Published::Present {
+                new_packs.push((name, reuse::pack_len(self.store, name)?));
+            }
         }
         let Converted { tree, framing, places, .. } = converted;
         let written = framing.finish(&places).map_err(|source| layer_failure(self.image, number, layer, ConvertError::Store { source }))?;
@@ -121,7 +124,7 @@ impl<'a> LayerJob<'a> {
         let entry = Entry { store: self.store.id().to_owned(), diff_id: layer.diff_id, files };
         self.journal.add(&entry).map_err(state_failure)?;
         progress.finish();
-        Ok(Finished { files, tree, reused: false })
+        Ok(Finished { files, tree, reused: false, new_packs })
     }
 
     fn options(&self) -> LayerOptions {

@@ -13,6 +13,7 @@ mod publish;
 pub mod report;
 mod reuse;
 mod room;
+pub mod savings;
 mod settle;
 pub mod target;
 
@@ -42,6 +43,7 @@ use compact::CompactLayer;
 use cost::{Cost, Meter};
 use layer_job::LayerJob;
 pub(crate) use layer_job::layer_failure;
+use savings::Savings;
 use settle::Settling;
 use target::{PushedTarget, TargetKind, TargetOptions, Under};
 
@@ -83,6 +85,8 @@ pub struct Converted {
     pub reused: Vec<bool>,
     /// Packs of the image's metadata, in device order, with the length of their files.
     pub packs: Vec<(Digest, u64)>,
+    /// What of it was stored already.
+    pub savings: Savings,
     /// What was pushed.
     pub target: Option<PushedTarget>,
     /// How long it took.
@@ -97,6 +101,8 @@ struct Finished {
     files: LayerFiles,
     tree: LayerTree,
     reused: bool,
+    /// Packs that are new in the store with it, with the length of their files.
+    new_packs: Vec<(Digest, u64)>,
 }
 
 /// Converts an image.
@@ -174,7 +180,8 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
         }
         target = Some(pushed);
     }
-    Ok(Converted { root, reused, packs, target, seconds: started.elapsed().as_secs_f64(), cost: meter.cost() })
+    let savings = Savings::of(&image, &finished);
+    Ok(Converted { root, reused, packs, savings, target, seconds: started.elapsed().as_secs_f64(), cost: meter.cost() })
 }
 
 /// Converts the layers `todo`, referring to what the packs that `reach` has hold already.

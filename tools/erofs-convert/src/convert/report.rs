@@ -22,7 +22,7 @@ pub fn text(done: &Converted) -> String {
     let target: String = target.collect();
     format!(
         "{} ({})\n  manifest  sha256:{}\n  chain     sha256:{}\n  metadata  {} ({})\n  layers    {} ({reused} reused)\n  \
-         content   {} in {} inodes\n  stored    {} in {} packs\n{target}  seconds   {:.1}\n",
+         content   {} in {} inodes\n  stored    {} in {} packs\n  new       {} for {} of data, {} were there ({:.1} %)\n{target}  seconds   {:.1}\n",
         printable(&root.source),
         printable(&root.platform),
         root.manifest,
@@ -34,6 +34,10 @@ pub fn text(done: &Converted) -> String {
         root.sizes.inodes,
         bytes(root.sizes.stored),
         done.packs.len(),
+        bytes(done.savings.stored),
+        bytes(done.savings.new),
+        bytes(done.savings.present),
+        100.0 * done.savings.ratio(),
         done.seconds,
     )
 }
@@ -53,6 +57,7 @@ pub fn json(done: &Converted) -> Value {
         "layers": layers.collect::<Vec<_>>(),
         "packs": done.packs.iter().map(|(digest, len)| json!({"digest": digest.to_string(), "size": len})).collect::<Vec<_>>(),
         "sizes": root.sizes,
+        "data": done.savings.json(),
         "target": done.target.as_ref().map(target_json),
         "seconds": done.seconds,
         "processorSeconds": done.cost.json(),

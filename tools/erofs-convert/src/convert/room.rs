@@ -9,15 +9,14 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use erofs::block::BLOCK_SIZE;
 use erofs::digest::Digest;
-use erofs::layer::{EntryKind, LayerTree};
-use erofs::meta::{Chunk, Content, Data};
+use erofs::layer::LayerTree;
 use erofs::pack::MAX_PACK_BYTES;
 use slipway::oci::{DiffId, SourceImage, SourceLayer};
 use slipway::store::record::MAX_PACKS;
 
 use super::Finished;
+use super::savings::data_by_pack;
 
 /// How many times larger than its blob a layer's data is at most, by estimate.
 const EXPANSION: u64 = 4;
@@ -47,18 +46,7 @@ pub(super) fn crowded<'a>(image: &'a SourceImage, finished: &HashMap<DiffId, Fin
 
 /// Whether the layer's data would take fewer packs if it were all its own.
 fn needs_fewer(tree: &LayerTree) -> bool {
-    let mut chunks: BTreeSet<(u32, u32)> = BTreeSet::new();
-    let mut bytes = 0u64;
-    for entry in &tree.entries {
-        let EntryKind::Node { content: Content::File(Data::Chunked { size, unit_bits, chunks: of_file }), .. } = &entry.kind else { continue };
-        for (i, chunk) in of_file.iter().enumerate() {
-            if let Chunk::At { pack, block } = *chunk
-                && chunks.insert((pack, block))
-            {
-                bytes += (size - i as u64 * unit_bits.bytes()).min(unit_bits.bytes()).next_multiple_of(BLOCK_SIZE);
-            }
-        }
-    }
+    let bytes: u64 = data_by_pack(tree).values().sum();
     // Units that small files share are not always full.
     tree.packs.len() as u64 > 1 + bytes / (MAX_PACK_BYTES / 2)
 }
@@ -66,8 +54,8 @@ fn needs_fewer(tree: &LayerTree) -> bool {
 #[cfg(test)]
 mod tests {
     use erofs::block::UnitBits;
-    use erofs::layer::Entry;
-    use erofs::meta::{Attr, PackRef};
+    use erofs::layer::{Entry, EntryKind};
+    use erofs::meta::{Attr, Chunk, Content, Data, PackRef};
     use slipway::oci::{ChainId, Platform, Sha256};
     use slipway::store::LayerFiles;
 
@@ -81,7 +69,7 @@ mod tests {
         let kind = EntryKind::Node { attr: Attr::default(), content: Content::File(data) };
         let tree = LayerTree::new(packs.map(pack).collect(), vec![Entry { path: b"f".to_vec(), kind }]).unwrap();
         let files = LayerFiles { tree: Digest::of(&tree.encode()), framing: Digest::of(b"no matter") };
-        Finished { files, tree, reused: false }
+        Finished { files, tree, reused: false, new_packs: Vec::new() }
     }
 
     fn layer(name: &str, size: u64) -> SourceLayer {
