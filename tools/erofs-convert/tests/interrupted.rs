@@ -17,7 +17,7 @@ use ground::{Ground, files_below, noise};
 use rustix::process::{Pid, Signal, kill_process};
 use testbed::{BuiltImage, Compression, Entry, Image, Layer};
 
-/// A registry of one image whose last layer stops half way until the gate opens.
+/// A registry of one image one layer of which stops half way until the gate opens.
 struct Registry {
     host: String,
     open: Arc<(Mutex<bool>, Condvar)>,
@@ -25,13 +25,13 @@ struct Registry {
 }
 
 impl Registry {
-    fn start(ground: &Ground, built: &BuiltImage) -> Registry {
+    fn start(ground: &Ground, built: &BuiltImage, slow: usize) -> Registry {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let host = listener.local_addr().unwrap().to_string();
         let open = Arc::new((Mutex::new(false), Condvar::new()));
         let done = Arc::new(AtomicBool::new(false));
         let blobs: PathBuf = ground.layout.path().join("blobs/sha256");
-        let (manifest, slow) = (built.manifest.digest.clone(), built.layers.last().unwrap().digest.clone());
+        let (manifest, slow) = (built.manifest.digest.clone(), built.layers[slow].digest.clone());
         let (gate, stop) = (open.clone(), done.clone());
         thread::spawn(move || {
             for stream in listener.incoming() {
@@ -97,7 +97,7 @@ fn half_way(label: &str) -> HalfWay {
     let upper = Layer::new((0..20).map(|i| Entry::file(&format!("upper-{i}"), noise(i + 2, 700_000))));
     let image = Image::new().layer(&lower, Compression::Gzip).layer(&upper, Compression::Gzip);
     let built = ground.layout.add("1", &image).unwrap();
-    let registry = Registry::start(&ground, &built);
+    let registry = Registry::start(&ground, &built, 1);
     let source = format!("{}/app:1", registry.host);
     let mut child = ground.command(&["convert", &source, "-j", "2"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stderr = BufReader::new(child.stderr.take().unwrap());
@@ -172,4 +172,43 @@ fn another_conversion_s_temporary_files_are_left_alone() {
     assert!(child.wait().unwrap().success());
     assert_eq!(ground.listed().len(), 2);
     assert!(ground.listed().contains(&source));
+}
+
+/// A layer that is done before one below it waits for that, as temporary files. What it has in common with the layer below is not known before.
+#[test]
+fn a_layer_that_waited_for_a_lower_one_is_converted_again_after_a_kill() {
+    let entries = |from: u64, to: u64| (from..to).map(|i| Entry::file(&format!("file-{i}"), noise(i, 700_000)));
+    let (lower, upper) = (Layer::new(entries(1, 20)), Layer::new(entries(10, 24)));
+    let image = Image::new().layer(&lower, Compression::Gzip).layer(&upper, Compression::Gzip);
+    let convert = |label: &str, image: &Image| {
+        let ground = Ground::new(label);
+        ground.layout.add("1", image).unwrap();
+        ground.convert("oci:img:1");
+        ground
+    };
+    let packs = |ground: &Ground| files_below(&ground.store().join("packs"));
+    let (undisturbed, upper_alone) = (convert("undisturbed", &image), convert("upper", &Image::new().layer(&upper, Compression::Plain)));
+    let waits = fs::metadata(upper_alone.store().join("packs").join(packs(&upper_alone).first().unwrap())).unwrap().len();
+
+    let ground = Ground::new("waited");
+    let built = ground.layout.add("1", &image).unwrap();
+    let registry = Registry::start(&ground, &built, 0);
+    let source = format!("{}/app:1", registry.host);
+    let mut child = ground.command(&["convert", &source, "-j", "2"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let tmp = ground.store().join("tmp");
+    let is_whole = |entry: fs::DirEntry| entry.metadata().is_ok_and(|meta| meta.len() == waits);
+    while !fs::read_dir(&tmp).is_ok_and(|entries| entries.flatten().any(is_whole)) {
+        assert!(child.try_wait().unwrap().is_none(), "the program ended early");
+        thread::yield_now();
+    }
+    assert_eq!(packs(&ground).len(), 0, "it waits");
+    signal(&child, Signal::KILL);
+    child.wait().unwrap();
+    registry.open_gate();
+    let done = ground.convert(&source);
+    assert_eq!((&done["layers"][0]["reused"], &done["layers"][1]["reused"]), (&false.into(), &false.into()));
+    assert_eq!(files_below(&tmp).len(), 0);
+    assert_eq!(packs(&ground), packs(&undisturbed), "as if nothing had happened");
+    let check = ground.run(&["check", &source, "oci:img:1", "--json"]);
+    assert_eq!(check.code, 0, "{}{}", check.out, check.err);
 }

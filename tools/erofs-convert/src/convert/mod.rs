@@ -194,7 +194,7 @@ fn convert_layers<'a>(
 ) -> Result<(), Failure> {
     let LayerJob { context, image, store, stop, .. } = *job;
     if !todo.is_empty() {
-        let dictionary = Dictionary::open(store, reach, LayerOptions::default().unit_bits, &options.state, stop)?;
+        let dictionary = Dictionary::open(store, reach, LayerOptions::default().unit_bits, &options.state, context.progress, stop)?;
         let elsewhere = Elsewhere { known: &dictionary, max_packs: room::share(finished, &todo) };
         let job = LayerJob { elsewhere, ..*job };
         let settling = Settling::new(&job, finished, todo.iter().map(|(number, _)| *number));

@@ -19,7 +19,7 @@ use super::Finished;
 use super::layer_job::{LayerJob, Waiting};
 use crate::dictionary::Dictionary;
 use crate::failure::Failure;
-use crate::layer::Elsewhere;
+use crate::layer::{Elsewhere, LayerOptions};
 
 /// The layers of an image on their way into the store.
 pub(super) struct Settling<'a> {
@@ -44,7 +44,7 @@ impl<'a> Settling<'a> {
     pub fn new(job: &'a LayerJob<'a>, present: &'a HashMap<DiffId, Finished>, numbers: impl Iterator<Item = usize>) -> Settling<'a> {
         let mut turns: Vec<usize> = numbers.collect();
         turns.sort_unstable_by(|a, b| b.cmp(a));
-        let below = Some(Dictionary::empty(job.store));
+        let below = Some(Dictionary::empty(job.store, LayerOptions::default().unit_bits));
         let line = Line { turns, waiting: BTreeMap::new(), settled: HashMap::new(), below };
         Settling { job, present, line: Mutex::new(line) }
     }

@@ -5,7 +5,8 @@
 //! as it is and keeps what it adds to itself. Files are never changed: they get their name when they are complete and lose it when their content is
 //! in another, and who has one mapped goes on with it.
 
-use std::collections::BTreeSet;
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, BinaryHeap};
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -89,7 +90,7 @@ impl Files {
     }
 
     fn sort(&mut self) {
-        self.segments.sort_by_key(|(_, segment)| std::cmp::Reverse(segment.len()));
+        self.segments.sort_by_key(|(_, segment)| Reverse(segment.len()));
     }
 
     /// Makes a file of what `content` writes. If that fails, it is said and there is none.
@@ -176,11 +177,13 @@ fn write_merged(out: &mut impl Write, parts: &[&Segment], wanted: impl Fn(&Diges
         }
         None
     };
+    let mut heads: BinaryHeap<_> = (0..parts.len()).filter_map(|part| Some(Reverse((peek(part, &mut next)?, part)))).collect();
     let mut last = None;
     let entries = std::iter::from_fn(|| {
         loop {
-            let (entry, part) = (0..parts.len()).filter_map(|part| Some((peek(part, &mut next)?, part))).min()?;
+            let Reverse((entry, part)) = heads.pop()?;
             next[part] += 1;
+            heads.extend(peek(part, &mut next).map(|entry| Reverse((entry, part))));
             if last.replace(entry) != Some(entry) {
                 return Some(entry);
             }

@@ -29,15 +29,19 @@ use crate::failure::Failure;
 use crate::layer::{ChunkTable, Known};
 use crate::pack_file::PackFile;
 use crate::parallel::in_parallel;
+use crate::progress::Progress;
 use files::Files;
 use segment::Segment;
 
 /// Chunk tables read from the store at once: each takes a few round trips.
 const READS_AT_ONCE: usize = 16;
 
-/// Chunks that are put into one segment at once, 48 bytes each while they are sorted: the packs of a store that is new to this machine come in
+/// From so many packs on that are not known yet, reading their tables may take long enough to say so.
+const MANY: usize = 200;
+
+/// Chunks that are put into one segment at once, 72 bytes each until it is written: the packs of a store that is new to this machine come in
 /// several.
-const BATCH: usize = 4 << 20;
+const BATCH: usize = 2 << 20;
 
 /// Chunks of tables that are kept open, 52 bytes each. A pack has as many as it has files, some thousands; all the packs that an image refers
 /// to are rarely more than this.
@@ -46,6 +50,8 @@ const MAX_OPEN: usize = 2 << 20;
 /// Chunks of some packs of a store.
 pub struct Dictionary<'a> {
     store: &'a Store,
+    /// Of its packs. A file's chunks cannot be in packs of other unit sizes than the one it was cut to.
+    unit_bits: UnitBits,
     packs: BTreeMap<Digest, PackRef>,
     segments: Vec<Segment>,
     tables: Mutex<Tables>,
@@ -59,16 +65,23 @@ struct Tables {
 }
 
 impl<'a> Dictionary<'a> {
-    /// A dictionary without chunks.
-    pub fn empty(store: &'a Store) -> Dictionary<'a> {
-        Dictionary { store, packs: BTreeMap::new(), segments: Vec::new(), tables: Mutex::default() }
+    /// A dictionary without chunks, for packs of this unit size.
+    pub fn empty(store: &'a Store, unit_bits: UnitBits) -> Dictionary<'a> {
+        Dictionary { store, unit_bits, packs: BTreeMap::new(), segments: Vec::new(), tables: Mutex::default() }
     }
 
     /// The dictionary of the packs of this unit size that `reach` has. What of it is known from before lies in `state`, and what is new is added
     /// there.
-    pub fn open(store: &'a Store, reach: &Reach, unit_bits: UnitBits, state: &Path, stop: &CancellationToken) -> Result<Dictionary<'a>, Failure> {
+    pub fn open(
+        store: &'a Store,
+        reach: &Reach,
+        unit_bits: UnitBits,
+        state: &Path,
+        progress: &Progress,
+        stop: &CancellationToken,
+    ) -> Result<Dictionary<'a>, Failure> {
         let packs = reach.packs().filter(|pack| pack.unit_bits == unit_bits).map(|pack| (pack.digest, *pack)).collect();
-        let mut dictionary = Dictionary { packs, ..Dictionary::empty(store) };
+        let mut dictionary = Dictionary { packs, ..Dictionary::empty(store, unit_bits) };
         let mut files = Files::open(&state.join("dictionary").join(store.id()));
         let mut missing = dictionary.packs.clone();
         for pack in files.segments().flat_map(Segment::packs) {
@@ -76,6 +89,9 @@ impl<'a> Dictionary<'a> {
         }
         let mut tables = Vec::new();
         let missing: Vec<PackRef> = missing.into_values().collect();
+        if missing.len() >= MANY {
+            progress.say(&format!("reading what {} packs of the store hold", missing.len()));
+        }
         for some in missing.chunks(READS_AT_ONCE) {
             tables.extend(read_tables(store, some, stop)?);
             if tables.iter().map(|(_, chunks)| chunks.len()).sum::<usize>() >= BATCH {
@@ -90,9 +106,10 @@ impl<'a> Dictionary<'a> {
         Ok(dictionary)
     }
 
-    /// Adds the chunks of these packs, in memory only.
+    /// Adds the chunks of those of these packs that have its unit size, in memory only.
     pub fn add(&mut self, packs: &[PackRef], stop: &CancellationToken) -> Result<(), Failure> {
-        let new: Vec<PackRef> = packs.iter().filter(|pack| !self.packs.contains_key(&pack.digest)).copied().collect();
+        let is_new = |pack: &&PackRef| pack.unit_bits == self.unit_bits && !self.packs.contains_key(&pack.digest);
+        let new: Vec<PackRef> = packs.iter().filter(is_new).copied().collect();
         if !new.is_empty() {
             self.segments.push(Segment::build(read_tables(self.store, &new, stop)?));
             self.packs.extend(new.iter().map(|pack| (pack.digest, *pack)));

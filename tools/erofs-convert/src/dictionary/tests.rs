@@ -26,10 +26,14 @@ impl Shelf {
     }
 
     fn put(&self, chunks: &[u8]) -> PackRef {
-        let mut writer = PackWriter::new(Vec::new(), UnitBits::MIN);
+        self.put_sized(chunks, UnitBits::MIN)
+    }
+
+    fn put_sized(&self, chunks: &[u8], unit_bits: UnitBits) -> PackRef {
+        let mut writer = PackWriter::new(Vec::new(), unit_bits);
         for number in chunks {
-            let unit = encode_unit(&chunk(*number), 1);
-            writer.push(&unit, &[(unit.digest, 0, 16)]).unwrap();
+            let unit = encode_unit(&vec![*number; unit_bits.bytes() as usize], 1);
+            writer.push(&unit, &[(Digest::of(&chunk(*number)), 0, 16)]).unwrap();
         }
         let pack = writer.finish().unwrap();
         let mut temp = self.store.temp().unwrap();
@@ -47,7 +51,7 @@ impl Shelf {
 fn chunks_are_found_in_every_pack_that_was_added() {
     let shelf = Shelf::new();
     let (a, b, other) = (shelf.put(&[1, 2, 3]), shelf.put(&[3, 4]), shelf.put(&[1]));
-    let mut dictionary = Dictionary::empty(&shelf.store);
+    let mut dictionary = Dictionary::empty(&shelf.store, UnitBits::MIN);
     dictionary.add(&[a, b], &CancellationToken::new()).unwrap();
     dictionary.add(&[b], &CancellationToken::new()).unwrap();
     let mut expected = [(a.digest, 32), (b.digest, 0)];
@@ -63,7 +67,7 @@ fn chunks_are_found_in_every_pack_that_was_added() {
 fn a_pack_that_cannot_be_used_is_not_referred_to() {
     let shelf = Shelf::new();
     let packs = [shelf.put(&[1]), shelf.put(&[2]), shelf.put(&[3])];
-    let mut dictionary = Dictionary::empty(&shelf.store);
+    let mut dictionary = Dictionary::empty(&shelf.store, UnitBits::MIN);
     fs::remove_file(shelf.path(&packs[0])).unwrap();
     dictionary.add(&packs, &CancellationToken::new()).unwrap();
     assert_eq!(dictionary.candidates(&Digest::of(&chunk(1))), []);
@@ -75,4 +79,16 @@ fn a_pack_that_cannot_be_used_is_not_referred_to() {
     assert_eq!(dictionary.candidates(&Digest::of(&chunk(2))).len(), 1);
     assert!(dictionary.table(&packs[1].digest).unwrap().is_none());
     assert!(dictionary.table(&packs[2].digest).unwrap().is_some());
+}
+
+#[test]
+fn packs_of_another_unit_size_are_of_no_use() {
+    let shelf = Shelf::new();
+    let (small, large) = (shelf.put(&[1]), shelf.put_sized(&[1, 2], UnitBits::MAX));
+    for (unit_bits, expected) in [(UnitBits::MIN, [Some(small), None]), (UnitBits::MAX, [Some(large), Some(large)]), (UnitBits::DEFAULT, [None; 2])] {
+        let mut dictionary = Dictionary::empty(&shelf.store, unit_bits);
+        dictionary.add(&[small, large], &CancellationToken::new()).unwrap();
+        let found = [1, 2].map(|number| dictionary.candidates(&Digest::of(&chunk(number))).first().map(|(pack, _)| *pack));
+        assert_eq!(found, expected.map(|pack| pack.map(|pack| pack.digest)));
+    }
 }
