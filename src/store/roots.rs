@@ -103,7 +103,13 @@ impl ImageRoot {
 impl Store {
     /// Publishes an image root, replacing what was said of the same source and manifest; from now on it is the newest of its source and platform.
     /// It comes last in a conversion: everything it names must have been published before (invariant 2).
+    ///
+    /// Compact images that were named before stay named: a push takes long, and another conversion may have made one meanwhile.
     pub fn put_image(&self, root: &ImageRoot) -> Result<Published, StoreError> {
+        let mut root = root.clone();
+        root.compact.extend(self.earlier_image(&root)?.into_iter().flat_map(|earlier| earlier.compact));
+        root.compact.sort_unstable();
+        root.compact.dedup();
         let mut temp = self.temp()?;
         temp.write_all(&root.encode()).map_err(|error| StoreError::writing(temp.path(), error))?;
         let published = self.publish(temp, &root.name())?;
@@ -228,8 +234,14 @@ mod tests {
         assert_eq!(sample.store.put_image(&a).unwrap(), Published::Present);
         let tagged = ImageRoot { target: Some("example.com/a:1-acc".to_owned()), compact: vec![a.chain], ..a };
         assert_eq!(sample.store.put_image(&tagged).unwrap(), Published::Replaced);
-        let listed: Vec<ImageRoot> = sample.store.images().unwrap().into_iter().map(Result::unwrap).collect();
-        assert_eq!(listed, [tagged, b]);
+        let images = || sample.store.images().unwrap().into_iter().map(Result::unwrap).collect::<Vec<ImageRoot>>();
+        assert_eq!(images(), [tagged.clone(), b.clone()]);
+        // Whoever has read the root before that forgets no compact image.
+        let other = ImageRoot { target: None, compact: vec![b.chain], ..tagged.clone() };
+        sample.store.put_image(&other).unwrap();
+        let mut both = vec![tagged.chain, b.chain];
+        both.sort();
+        assert_eq!(images(), [ImageRoot { compact: both, ..other }, b]);
     }
 
     #[test]

@@ -108,7 +108,7 @@ fn a_compact_target_starts_lazily_where_the_store_is_and_is_refused_elsewhere() 
 
     // Without Slipway it can be pulled, and no container of it comes to run.
     let containerd = Containerd::start(&world.scratch.join("without"), Snapshotter::Overlayfs).expect("a containerd");
-    containerd.cri().expect("a CRI client").pull(&target).expect("an ordinary pull");
+    containerd.ctr(&["images", "pull", "--plain-http", "--snapshotter", "overlayfs", &target]).expect("an ordinary pull");
     let error = format!("{:#}", containerd.run(&target, &["/bin/cat", "/etc/motd"]).expect_err("there is no program"));
     assert!(error.contains("/bin/cat"), "{error}");
 }

@@ -168,9 +168,8 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
             TargetKind::Compact => Some(CompactLayer::publish(&store, &key, &top)?),
             TargetKind::Portable => None,
         };
-        // Nodes may ask for its chain as soon as it is pushed.
-        if let Some(chain) = compact.as_ref().map(CompactLayer::chain).filter(|chain| !root.compact.contains(chain)) {
-            root.compact.push(chain);
+        if let Some(compact) = &compact {
+            root.compact = vec![compact.chain()];
             store.put_image(&root)?;
         }
         let pushed = target::push(context, options_of_it, &options.source, &image, compact.as_ref(), under)?;

@@ -71,10 +71,8 @@ pub(super) fn publish(
         sizes: top.sizes,
         compact: Vec::new(),
     };
-    // Targets that were pushed before are still there.
-    if let Some(earlier) = store.earlier_image(&root)? {
-        (root.target, root.compact) = (earlier.target, earlier.compact);
-    }
+    // A target that was pushed before is still there.
+    root.target = store.earlier_image(&root)?.and_then(|earlier| earlier.target);
     store.put_image(&root)?;
     let packs = top.packs.iter().map(|pack| Ok((pack.digest, reuse::pack_len(store, pack.digest)?))).collect::<Result<_, Failure>>()?;
     Ok((root, top.clone(), packs, layers.iter().map(|layer| layer.reused).collect()))
