@@ -29,7 +29,7 @@
 //!
 //! 1. **Bytes or EIO.** A reader gets the image's bytes or an I/O error, whatever crashes, fills up, hangs or is killed. Never
 //!    zeros from a hole, never stale data.
-//! 2. **Named means whole.** Content in the store (packs, trees, metadata, records) is complete, immutable and matches the digest
+//! 2. **Named means whole.** Content in the store (packs, trees, framings, metadata, records) is complete, immutable and matches the digest
 //!    in its name: written in `tmp/`, fsynced, `link(2)`ed to its name, directory fsynced. State is replaced by rename and has
 //!    one writer.
 //! 3. **containerd never waits for the store.** A gRPC handler hands the question to a worker thread with a deadline; a timeout is
@@ -47,10 +47,10 @@
 //! # Two journeys
 //!
 //! *A tar entry* (the converter): [`oci`] opens the layer and checks its digests while it streams → the tar reader gives an entry
-//! → its bytes go to chunks, units and packs and come back as chunk references → entries make a layer tree → `erofs::fold` applies
-//! whiteouts and merges layers into one tree → `erofs::image::Checked` (the gate: every rule the writer relies on) → the plan
-//! gives it a nid and addresses → emit writes bytes and decides nothing → [`store`] publishes them under their digest, signed
-//! records last.
+//! → its bytes go to chunks, units and packs and come back as chunk references (all other bytes of the tar go to the layer's framing) →
+//! entries make a layer tree → `erofs::fold` applies whiteouts and merges layers into one tree → `erofs::image::Checked` (the gate:
+//! every rule the writer relies on) → the plan gives it a nid and addresses → emit writes bytes and decides nothing → [`store`]
+//! publishes them under their digest, signed records last.
 //!
 //! *A read* (the node): kernel bytes → `uapi` parses a message → a backend of [`kernel`] makes an [`kernel::Ask`] → [`serve`]
 //! widens it to whole units → [`cache`] claims them (present, wait, or fill) → a run is read from the [`store`] → decoded and

@@ -65,6 +65,11 @@ pub struct Framing {
 }
 
 impl Framing {
+    /// Where it lies, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Reads it from the start, to give back the layer's tar.
     pub fn steps(&self) -> Result<FramingReader<impl BufRead + use<'_>>, StoreError> {
         let mut file = &self.file;

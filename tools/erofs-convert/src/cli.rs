@@ -78,8 +78,8 @@ pub enum Command {
     },
     /// Write a converted image as a plain OCI image layout, from the store alone.
     ///
-    /// One layer for each of the source's, with the same files. The store keeps neither the source's archives nor its configuration: layers
-    /// and image have digests and diff IDs of their own, and the configuration has no command, environment or history.
+    /// With the source's configuration and the very bytes of its layers, so image ID and diff IDs are the source's. The layers are compressed
+    /// anew, so their blobs and the manifest have digests of their own. Nothing is written unless all of it is right.
     Export {
         /// Reference, or digest of the platform's manifest
         image: String,

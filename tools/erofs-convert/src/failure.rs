@@ -183,11 +183,11 @@ pub enum Failure {
         /// Where.
         path: PathBuf,
     },
-    /// The store does not give a file's bytes.
-    #[error("\"{path}\" cannot be read from the store: {what}; convert the image again")]
+    /// The store does not give a layer's bytes.
+    #[error("{layer} cannot be read from the store: {what}; remove the damaged file, then convert the image again")]
     Data {
-        /// The file in the image.
-        path: String,
+        /// Which layer of which image.
+        layer: String,
         /// What is wrong.
         what: String,
     },

@@ -1,8 +1,9 @@
 //! The converter: OCI images in, a Slipway store out. A library so that tests and benchmarks reach its stages; the program is thin.
 //!
 //! One layer's way: [`slipway::oci`] opens its blob, [`unpack`] turns it into a tar and checks the blob, [`layer`] turns the tar into a
-//! layer tree and packs (but for what the [`dictionary`] finds stored already), [`convert`] publishes them, folds all layers and makes the result visible. [`check`] goes the other way with
-//! none of [`layer`]'s code: it compares what the store gives back with what the source's archives say.
+//! layer tree, packs (but for what the [`dictionary`] finds stored already) and a framing, [`convert`] publishes them, folds all layers and
+//! makes the result visible. [`export`] gives tars and configuration back. [`check`] goes the other way with none of [`layer`]'s code: it
+//! compares what the store gives back with what the source's archives say.
 
 pub mod printable;
 pub mod stop;

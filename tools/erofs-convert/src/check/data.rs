@@ -1,9 +1,7 @@
 //! File data as the store gives it back: from packs, every unit verified.
 
-use std::io;
-
-use erofs::block::BLOCK_SIZE;
-use erofs::digest::Digest;
+use erofs::block::{BLOCK_SIZE, UnitBits};
+use erofs::digest::{Digest, Hasher};
 use erofs::meta::{Chunk, Data};
 
 use crate::pack_file::PackFile;
@@ -11,14 +9,6 @@ use crate::pack_file::PackFile;
 /// Decoded units kept. Files are read in path order and layers are packed in archive order, which is nearly the same; small files
 /// share units with their neighbours.
 const UNITS_KEPT: usize = 32;
-
-/// Why a file was not read to its end.
-pub enum ReadError {
-    /// The store does not give its bytes.
-    Data(String),
-    /// Whoever wanted them failed.
-    Sink(io::Error),
-}
 
 /// Reads files out of packs.
 pub struct DataReader<'a> {
@@ -28,50 +18,39 @@ pub struct DataReader<'a> {
 }
 
 impl<'a> DataReader<'a> {
-    /// `packs` are those of the tree, in its order.
+    /// `packs` are those of the tree or framing, in its order.
     pub fn new(packs: &'a [PackFile]) -> DataReader<'a> {
         DataReader { packs, units: Vec::new() }
     }
 
     /// BLAKE3 of all bytes of a file, holes as zeros; or what is wrong with them.
     pub fn digest(&mut self, data: &Data) -> Result<Digest, String> {
-        let mut hasher = blake3::Hasher::new();
-        let read = self.read(data, |piece| {
-            hasher.update(piece);
-            Ok(())
-        });
-        match read {
-            Ok(()) => Ok(Digest(*hasher.finalize().as_bytes())),
-            Err(ReadError::Data(what)) => Err(what),
-            Err(ReadError::Sink(error)) => Err(error.to_string()),
-        }
-    }
-
-    /// Gives all bytes of a file to `sink`, holes as zeros.
-    pub fn read(&mut self, data: &Data, mut sink: impl FnMut(&[u8]) -> io::Result<()>) -> Result<(), ReadError> {
+        let mut hasher = Hasher::new();
         let (size, unit_bits, chunks) = match data {
-            Data::Inline(bytes) => return sink(bytes).map_err(ReadError::Sink),
+            Data::Inline(bytes) => return Ok(Digest::of(bytes)),
             Data::Chunked { size, unit_bits, chunks } => (*size, *unit_bits, chunks),
         };
         let zeros = vec![0; unit_bits.bytes() as usize];
         let mut left = size;
         for chunk in chunks {
             let len = left.min(unit_bits.bytes()) as usize;
-            let piece = match *chunk {
+            hasher.update(match *chunk {
                 Chunk::Hole => &zeros[..len],
-                Chunk::At { pack, block } => {
-                    let from = (u64::from(block % unit_bits.blocks()) * BLOCK_SIZE) as usize;
-                    let unit = self.unit(pack, block / unit_bits.blocks()).map_err(ReadError::Data)?;
-                    unit.get(from..from + len).ok_or_else(|| ReadError::Data("a chunk reaches past its unit".to_owned()))?
-                }
-            };
-            sink(piece).map_err(ReadError::Sink)?;
+                Chunk::At { pack, block } => self.piece(pack, block, unit_bits, 0, len)?,
+            });
             left -= len as u64;
         }
         if left > 0 {
-            return Err(ReadError::Data("it has too few chunks".to_owned()));
+            return Err("it has too few chunks".to_owned());
         }
-        Ok(())
+        Ok(hasher.finish())
+    }
+
+    /// `len` bytes, from byte `from`, of the chunk that begins at `block` of a pack; or what is wrong with them.
+    pub fn piece(&mut self, pack: u32, block: u32, unit_bits: UnitBits, from: usize, len: usize) -> Result<&[u8], String> {
+        let from = (u64::from(block % unit_bits.blocks()) * BLOCK_SIZE) as usize + from;
+        let unit = self.unit(pack, block / unit_bits.blocks())?;
+        unit.get(from..from + len).ok_or_else(|| "a chunk reaches past its unit".to_owned())
     }
 
     fn unit(&mut self, pack: u32, index: u32) -> Result<&[u8], String> {

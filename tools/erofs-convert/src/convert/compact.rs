@@ -10,15 +10,14 @@ use std::io::Write;
 
 use erofs::digest::Digest;
 use erofs::layer::LayerTree;
-use erofs::meta::Attr;
 use flate2::{Compression, GzBuilder};
 use serde_json::{Value, json};
 use slipway::oci::{ChainId, DiffId, OciError, Sha256, Source, SourceImage};
 use slipway::snapshot::COMPACT_CHAIN;
 use slipway::store::{Payload, SigningKey, Store};
 
+use super::lone_file;
 use super::target::{self, Documents};
-use crate::export::tar;
 use crate::failure::Failure;
 
 /// The only file of a compact image's layer. Nobody can run or change it.
@@ -44,9 +43,7 @@ pub(super) struct CompactLayer {
 impl CompactLayer {
     /// The layer of a compact image of `top`'s, whose metadata image these bytes are.
     fn new(top: &Payload, metadata: &[u8]) -> CompactLayer {
-        let attr = Attr { mode: 0o444, ..Attr::default() };
-        let mut archive = Vec::new();
-        tar::file(&mut archive, FILE.as_bytes(), &attr, metadata).expect("memory takes what is written to it");
+        let archive = lone_file::archive(FILE.as_bytes(), 0o444, metadata);
         let header = GzBuilder::new().mtime(0).operating_system(UNKNOWN_SYSTEM);
         let mut packed = header.write(Vec::new(), Compression::default());
         // At once: where pieces end may change what comes of them.
@@ -140,7 +137,7 @@ mod tests {
     use std::io::Read;
 
     use erofs::layer::{Entry, EntryKind};
-    use erofs::meta::{Content, Data};
+    use erofs::meta::{Attr, Content, Data};
     use flate2::read::GzDecoder;
     use slipway::oci::{Access, Platform, SourceLayer};
     use slipway::store::{KeyId, Sizes};

@@ -8,6 +8,7 @@
 pub(crate) mod compact;
 pub mod cost;
 mod layer_job;
+mod lone_file;
 pub mod platforms;
 mod publish;
 pub mod report;

@@ -1,36 +1,41 @@
-//! From a store back to a plain OCI image layout: one layer per layer of the source, with the same tree.
+//! From a store back to a plain OCI image layout: the source's configuration and, layer by layer, the very bytes of the source's tars.
 //!
-//! The store keeps what a layer says, not the bytes of its archive nor the source's configuration. So the archives are new ones, and
-//! their diff IDs are their own: those in the image's configuration, not those of the source. Nothing is unpacked; every unit is verified
-//! as it is read.
+//! So image id (the digest of the configuration), diff IDs and chain are those of the source, and nothing becomes visible before each of them was
+//! seen to be. The layers are compressed anew, so their blobs and the manifest have digests of their own. Nothing is unpacked; every unit is
+//! verified as it is read.
 
-pub(crate) mod tar;
+mod layer;
+mod layout;
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use erofs::layer::LayerTree;
-use erofs::meta::Attr;
-use erofs::tree::{Body, Tree};
-use flate2::Compression;
-use flate2::write::GzEncoder;
 use serde_json::{Value, json};
-use slipway::oci::digest::Hasher;
-use slipway::oci::{Platform, Sha256};
-use slipway::store::{ImageRoot, Store};
+use slipway::oci::{ChainId, DiffId, Sha256, chain_ids, manifest};
+use slipway::store::{ImageRoot, Store, StoreError};
 
-use crate::check::data::{DataReader, ReadError};
 use crate::convert::Context;
 use crate::failure::Failure;
-use crate::pack_file::PackFile;
+use layer::StoredLayer;
+use layout::Layout;
 
 /// An exported image.
 pub struct Exported {
     /// Digest of its manifest.
     pub manifest: Sha256,
-    /// Digest, size and diff ID of every layer.
-    pub layers: Vec<(Sha256, u64, Sha256)>,
+    /// Digest of its configuration: the image's id, the same as the source's.
+    pub config: Sha256,
+    /// Its layers.
+    pub layers: Vec<ExportedLayer>,
+}
+
+/// One layer of it.
+pub struct ExportedLayer {
+    /// Digest of the blob.
+    pub digest: Sha256,
+    /// Length of the blob.
+    pub size: u64,
+    /// The same as the source's.
+    pub diff_id: DiffId,
 }
 
 /// Where to export to: `oci:DIR[:TAG]`.
@@ -54,149 +59,69 @@ impl std::str::FromStr for Target {
 
 /// Writes the image of `root` as an OCI image layout into a new or empty directory.
 pub fn export(context: &Context<'_>, store: &Store, root: &ImageRoot, target: &Target) -> Result<Exported, Failure> {
-    let dir = &target.dir;
-    let blobs = dir.join("blobs/sha256");
-    let empty = fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_none());
-    if !empty {
-        return Err(failed(dir)(io::ErrorKind::DirectoryNotEmpty.into()));
-    }
-    fs::create_dir_all(&blobs).map_err(failed(&blobs))?;
-    let trees = root.layers.iter().map(|layer| Ok(store.read_tree(&layer.diff_id, &layer.tree)?)).collect::<Result<Vec<_>, Failure>>()?;
+    let config = config(store, root)?;
+    let layout = Layout::begin(&target.dir)?;
+    let name = |i: usize| format!("layer {} (diff ID {}) of {}", i + 1, root.layers[i].diff_id.0.oci(), root.source);
+    // All of them first: what is missing is better known before the first layer is compressed.
+    let stored = root.layers.iter().enumerate().map(|(i, layer)| StoredLayer::open(store, layer, name(i)));
+    let stored = stored.collect::<Result<Vec<_>, _>>()?;
     let mut layers = Vec::new();
-    for (i, tree) in trees.iter().enumerate() {
-        let progress = context.progress.layer(i + 1, trees.len(), root.layers[i].blob, root.layers[i].size);
-        let below = erofs::fold::fold(&trees[..i]).map_err(|source| Failure::Fold { chain: root.chain, source })?;
-        layers.push(layer(context, store, tree, &below, &blobs)?);
+    for (i, (stored, of)) in stored.iter().zip(&root.layers).enumerate() {
+        let progress = context.progress.layer(i + 1, root.layers.len(), of.blob, of.size);
+        let (digest, size) = stored.write(&layout, context.stop)?;
+        layers.push(ExportedLayer { digest, size, diff_id: of.diff_id });
         progress.finish();
     }
-    let put = |value: &Value| {
-        let bytes = value.to_string().into_bytes();
-        let digest = Sha256::of(&bytes);
-        let path = blobs.join(digest.to_string());
-        fs::write(&path, &bytes).map_err(failed(&path)).map(|()| (digest, bytes.len()))
-    };
-    let platform = root.platform.parse().unwrap_or_else(|_| Platform::host());
-    let diff_ids: Vec<String> = layers.iter().map(|(_, _, diff_id)| diff_id.oci()).collect();
-    let mut config =
-        json!({"architecture": platform.architecture, "os": platform.os, "config": {}, "rootfs": {"type": "layers", "diff_ids": diff_ids}});
-    if let Some(variant) = platform.variant {
-        config["variant"] = variant.into();
+    let (manifest, index) = documents(root, config, &layers, target);
+    let exported = Exported { config: layout.put(config)?, manifest: layout.put(manifest.as_bytes())?, layers };
+    layout.finish(&index)?;
+    Ok(exported)
+}
+
+/// The image's configuration. It must be the one of these layers: the image root, which says so, is not signed.
+fn config<'a>(store: &Store, root: &'a ImageRoot) -> Result<&'a [u8], Failure> {
+    let config = store.image_config(root)?;
+    let diff_ids: Vec<DiffId> = root.layers.iter().map(|layer| layer.diff_id).collect();
+    let found = manifest::diff_ids(&root.source, config)?;
+    if found == diff_ids && chain_ids(&diff_ids).last() == Some(&root.chain) {
+        return Ok(config);
     }
-    let (config, size) = put(&config)?;
-    let layer_json = |(digest, size, _): &(Sha256, u64, Sha256)| json!({"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": digest.oci(), "size": size});
+    let (chain, path): (ChainId, _) = (root.chain, store.dir().join(root.name().path()));
+    let reason = format!("its layers, its configuration and its chain {chain} do not belong together");
+    Err(StoreError::Damaged { path, reason }.into())
+}
+
+/// Manifest and index.
+fn documents(root: &ImageRoot, config: &[u8], layers: &[ExportedLayer], target: &Target) -> (String, String) {
     let manifest_type = "application/vnd.oci.image.manifest.v1+json";
-    let (manifest, size) = put(&json!({
+    let layer =
+        |layer: &ExportedLayer| json!({"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": layer.digest.oci(), "size": layer.size});
+    let manifest = json!({
         "schemaVersion": 2,
         "mediaType": manifest_type,
-        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config.oci(), "size": size},
-        "layers": layers.iter().map(layer_json).collect::<Vec<_>>(),
-    }))?;
-    let mut descriptor = json!({"mediaType": manifest_type, "digest": manifest.oci(), "size": size});
+        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": root.config.digest.oci(), "size": config.len()},
+        "layers": layers.iter().map(layer).collect::<Vec<_>>(),
+    });
+    let manifest = manifest.to_string();
+    let mut descriptor = json!({"mediaType": manifest_type, "digest": Sha256::of(manifest.as_bytes()).oci(), "size": manifest.len()});
     if let Some(tag) = &target.tag {
         descriptor["annotations"] = json!({"org.opencontainers.image.ref.name": tag});
     }
-    let index = json!({"schemaVersion": 2, "manifests": [descriptor]}).to_string();
-    // The index makes the layout one, so it comes last.
-    for (name, text) in [("oci-layout", "{\"imageLayoutVersion\":\"1.0.0\"}"), ("index.json", &index)] {
-        fs::write(dir.join(name), text).map_err(failed(&dir.join(name)))?;
-    }
-    Ok(Exported { manifest, layers })
-}
-
-fn failed(path: &Path) -> impl Fn(io::Error) -> Failure {
-    let path = path.to_owned();
-    move |source| Failure::Write { path: path.clone(), source }
-}
-
-/// Writes one layer's blob; gives its digest, size and diff ID.
-fn layer(context: &Context<'_>, store: &Store, tree: &LayerTree, below: &Tree, blobs: &Path) -> Result<(Sha256, u64, Sha256), Failure> {
-    let packs = tree.packs.iter().map(|pack| PackFile::open(store, pack)).collect::<Result<Vec<_>, _>>()?;
-    let mut reader = DataReader::new(&packs);
-    let temp = blobs.join(".layer");
-    let file = File::create(&temp).map_err(failed(&temp))?;
-    let mut out = Hashed::new(GzEncoder::new(Hashed::new(file), Compression::default()));
-    let written = tar::write(
-        &mut out,
-        tree,
-        |path| attr_at(below, path),
-        |out, entry, data| {
-            if context.stop.is_cancelled() {
-                return Err(Broken::Failure(Failure::Stopped));
-            }
-            reader.read(data, |piece| out.write_all(piece)).map_err(|error| match error {
-                ReadError::Sink(error) => Broken::Io(error),
-                ReadError::Data(what) => Broken::Failure(Failure::Data { path: entry.path.escape_ascii().to_string(), what }),
-            })
-        },
-    );
-    let finish = || -> Result<(Sha256, u64, Sha256), Broken> {
-        written?;
-        let blob = out.inner.finish()?;
-        blob.inner.sync_data()?;
-        let (digest, diff_id) = (blob.hasher.finish(), out.hasher.finish());
-        fs::rename(&temp, blobs.join(digest.to_string()))?;
-        Ok((digest, blob.len, diff_id))
-    };
-    finish().map_err(|broken| match broken {
-        Broken::Io(error) => failed(&temp)(error),
-        Broken::Failure(failure) => failure,
-    })
-}
-
-enum Broken {
-    Io(io::Error),
-    Failure(Failure),
-}
-
-impl From<io::Error> for Broken {
-    fn from(error: io::Error) -> Broken {
-        Broken::Io(error)
-    }
-}
-
-fn attr_at(tree: &Tree, path: &[u8]) -> Option<Attr> {
-    let mut inode = tree.inode(Tree::ROOT);
-    for name in path.split(|&b| b == b'/') {
-        let Body::Dir(children) = &inode.body else { return None };
-        inode = tree.inode(*children.get(name)?);
-    }
-    Some(inode.attr.clone())
-}
-
-/// Hashes what goes through it.
-struct Hashed<W> {
-    inner: W,
-    hasher: Hasher,
-    len: u64,
-}
-
-impl<W> Hashed<W> {
-    fn new(inner: W) -> Hashed<W> {
-        Hashed { inner, hasher: Hasher::new(), len: 0 }
-    }
-}
-
-impl<W: Write> Write for Hashed<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let len = self.inner.write(bytes)?;
-        self.hasher.update(&bytes[..len]);
-        self.len += len as u64;
-        Ok(len)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
+    (manifest, json!({"schemaVersion": 2, "manifests": [descriptor]}).to_string())
 }
 
 /// The result for people.
 pub fn text(done: &Exported) -> String {
-    let layers = done.layers.iter().map(|(digest, size, _)| format!("  layer     {} ({})\n", digest.oci(), crate::progress::bytes(*size)));
-    format!("manifest  {}\n{}", done.manifest.oci(), layers.collect::<String>())
+    let layers = done.layers.iter().map(|layer| format!("  layer     {} ({})\n", layer.digest.oci(), crate::progress::bytes(layer.size)));
+    format!("manifest  {}\nimage id  {}\n{}", done.manifest.oci(), done.config.oci(), layers.collect::<String>())
 }
 
 /// The result for programs.
 pub fn json(done: &Exported) -> Value {
-    let layer = |(digest, size, diff_id): &(Sha256, u64, Sha256)| json!({"digest": digest.oci(), "size": size, "diffId": diff_id.oci()});
-    json!({"manifest": done.manifest.oci(), "layers": done.layers.iter().map(layer).collect::<Vec<_>>()})
+    let layer = |layer: &ExportedLayer| json!({"digest": layer.digest.oci(), "size": layer.size, "diffId": layer.diff_id.0.oci()});
+    json!({
+        "manifest": done.manifest.oci(),
+        "config": done.config.oci(),
+        "layers": done.layers.iter().map(layer).collect::<Vec<_>>(),
+    })
 }

@@ -1,4 +1,5 @@
-//! The archives that other readers of tar are tested with: each is read as libarchive reads it, or refused by name.
+//! The archives that other readers of tar are tested with: each is read as libarchive reads it and comes back byte for byte, or is refused by
+//! name.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,7 +8,7 @@ use std::process::Command;
 
 use erofs::block::UnitBits;
 use erofs::fold::fold;
-use erofs_convert::layer::{Budget, LayerOptions, MemorySink, convert_layer};
+use erofs_convert::layer::{Budget, LayerOptions, MemorySink, convert_layer_framed};
 use testbed::{need, require};
 
 use crate::referee::{Compare, Listing, folded, host};
@@ -98,12 +99,15 @@ fn archives_of_other_readers_tests_come_out_as_libarchive_unpacks_them_or_are_re
         let mut sink = MemorySink::default();
         let options = LayerOptions { unit_bits: UnitBits::MIN, threads: 1, budget: BUDGET, ..LayerOptions::default() };
         let tar = without_oddities(fs::read(archive).unwrap());
-        match (convert_layer(&tar[..], &mut sink, &options), refusal) {
+        match (convert_layer_framed(&tar[..], &mut sink, Vec::new(), &options), refusal) {
             (Err(error), Some(words)) if error.to_string().contains(words) => (),
             (Err(error), _) => wrong += &format!("{name}: {error}\n"),
             (Ok(_), Some(words)) => wrong += &format!("{name} is no longer refused: {words}\n"),
-            (Ok(tree), None) => {
-                let found = contents(folded(&fold(&[tree]).unwrap(), &sink, Compare::All));
+            (Ok(layer), None) => {
+                if sink.tar(&layer.framing.finish(&layer.places).unwrap()) != tar {
+                    wrong += &format!("{name}: the archive does not come back\n");
+                }
+                let found = contents(folded(&fold(&[layer.tree]).unwrap(), &sink, Compare::All));
                 let (expected, said) = unpacked(archive);
                 if (found != expected) != otherwise {
                     wrong += &format!("{name}: libarchive {expected:#?} {said}, the converter {found:#?}\n");

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::process::{Command, Stdio};
 
+use crate::exported::Way;
 use crate::features::{EVERYWHERE, Features, UMOCI_ONLY};
 use crate::referee::{Compare, Listing, assert_same, folded, host, is_root, layout, run};
 use crate::syscalls::{CAPABILITY, any_acl};
@@ -13,7 +14,7 @@ use erofs::block::UnitBits;
 use erofs::fold::fold;
 use erofs::layer::{EntryKind, LayerTree};
 use erofs::tree::{Body, Tree};
-use erofs_convert::layer::{ConvertError, LayerOptions, MemorySink, convert_layer};
+use erofs_convert::layer::{ConvertError, Converted, LayerOptions, MemorySink, convert_layer_framed};
 use tar_core::{EntryBuilder, EntryType, SparseEntry};
 
 pub use made::{Made, entries};

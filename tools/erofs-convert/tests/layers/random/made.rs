@@ -1,4 +1,4 @@
-//! Whole images of random layers, and umoci as their first referee.
+//! Whole images of random layers, and umoci as their first referee. Every layer is also given back by framing and packs.
 
 use super::*;
 
@@ -114,7 +114,8 @@ impl Made {
         // A sink for each layer: the same pack may well come of two.
         let mut own = MemorySink::default();
         let options = LayerOptions { unit_bits: UnitBits::MIN, threads: 2, ..LayerOptions::default() };
-        let tree = convert_layer(&tar[..], &mut own, &options)?;
+        let Converted { tree, framing, places, .. } = convert_layer_framed(&tar[..], &mut own, Vec::new(), &options)?;
+        assert!(own.tar(&framing.finish(&places).unwrap()) == tar, "the archive does not come back:\n{}", entries(&[tar]));
         self.sink.packs.extend(own.packs);
         self.tars.push(tar);
         self.trees.push(tree);
@@ -133,10 +134,12 @@ fn random_images_come_out_as_umoci_unpacks_them() {
         return;
     }
     let mut seen = Features::new("random layers for umoci", &[EVERYWHERE, UMOCI_ONLY]);
+    let way = Way::new();
     for seed in 0..IMAGES {
         let made = Made::random(seed, Referee::Umoci, &mut seen);
         let dir = tempfile::tempdir().unwrap();
         layout(&dir.path().join("layout"), &made.tars);
+        way.assert_comes_back(&dir.path().join("layout"), &format!("image {seed}"));
         run("umoci", &["raw", "unpack", "--image", "layout:t", "root"], dir.path());
         let compare = Compare::AllButDirTimes;
         assert_same(&host(&dir.path().join("root"), compare), &made.listing(compare), &format!("image {seed}:\n{}", entries(&made.tars)));
