@@ -89,3 +89,67 @@ impl<'a> Settling<'a> {
         self.line.lock().expect("no panic while it is held")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use erofs::layer::LayerTree;
+    use slipway::oci::{Access, Platform, Source};
+    use slipway::store::{LayerFiles, Store};
+    use testbed::{Compression, Entry, Image, Layer, Layout, noise};
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::convert::Context;
+    use crate::journal::Journal;
+    use crate::layer::Stages;
+    use crate::leftovers::Leftovers;
+    use crate::progress::Progress;
+
+    /// Converts the layers of `source` and has them settled in this order; gives their files and trees, from the lowest.
+    fn settled(runtime: &tokio::runtime::Runtime, source: &Source, order: &[usize]) -> Vec<(LayerFiles, LayerTree)> {
+        let dir = tempfile::tempdir().unwrap();
+        let made = |name: &str| {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            dir.path().join(name)
+        };
+        let (store, state) = (Store::create(&made("store")).unwrap(), made("state"));
+        let (journal, leftovers) = (Journal::open(&state).unwrap(), Leftovers::take_over(&state, &Progress::Silent).unwrap());
+        let (stop, stages) = (CancellationToken::new(), Stages::default());
+        let image = runtime.block_on(source.resolve(&Platform::host())).unwrap();
+        let context = Context { runtime: runtime.handle(), stop: &stop, progress: &Progress::Silent };
+        let (image, store) = (&image, &store);
+        let elsewhere = Elsewhere::NOTHING;
+        let (journal, leftovers) = (&journal, &leftovers);
+        let job = LayerJob { context: &context, source, image, store, journal, leftovers, elsewhere, stop: &stop, stages: &stages };
+        let present = HashMap::new();
+        let settling = Settling::new(&job, &present, 1..=image.layers.len());
+        let mut taken = Vec::new();
+        for number in order {
+            settling.take(*number, job.convert(*number, &image.layers[*number - 1]).unwrap()).unwrap();
+            taken.push(*number);
+            // What can be settled is, and nothing else is in the store.
+            let ready = (1..=image.layers.len()).take_while(|number| taken.contains(number)).count();
+            assert_eq!(testbed::files_below(&store.dir().join("layers")).len(), 2 * ready, "{taken:?}");
+        }
+        let settled = settling.finish();
+        assert_eq!(testbed::files_below(&store.dir().join("tmp")).len(), 0);
+        image.layers.iter().map(|layer| settled[&layer.diff_id].clone()).map(|layer| (layer.files, layer.tree)).collect()
+    }
+
+    #[test]
+    fn layers_are_the_same_in_whatever_order_they_are_converted() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::create(&dir.path().join("layout")).unwrap();
+        let layer = |seeds: std::ops::Range<u64>| Layer::new(seeds.map(|i| Entry::file(&format!("f{i}"), noise(i, 100_000 + i as usize * 7000))));
+        let layers = [layer(1..20), layer(30..35), layer(5..25), layer(3..35)];
+        let image = layers.iter().fold(Image::new(), |image, layer| image.layer(layer, Compression::Plain));
+        layout.add("1", &image).unwrap();
+        let source = Source::parse(&format!("oci:{}:1", layout.path().display()), &Access::default()).unwrap();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let first = settled(&runtime, &source, &[1, 2, 3, 4]);
+        assert_eq!(first.iter().map(|(_, tree)| tree.packs.len()).collect::<Vec<_>>(), [1, 1, 2, 4], "they share what is worth it");
+        for order in [[4, 3, 2, 1], [2, 4, 1, 3], [3, 1, 4, 2], [1, 4, 3, 2]] {
+            assert!(settled(&runtime, &source, &order) == first, "{order:?}");
+        }
+    }
+}
