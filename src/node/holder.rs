@@ -409,13 +409,23 @@ fn private_dir(dir: &Path) -> Result<(), HolderError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(setup("making the directory", dir))
 }
 
-/// Takes the lock that says that one daemon uses `dir`. It ends with the process.
-fn lock(dir: &Path, name: &str) -> Result<File, HolderError> {
+/// A lock, until it is dropped or the process ends.
+struct Locked(File);
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // Closing would leave it to a child that has not yet come from fork to exec. What cannot be unlocked ends with that.
+        let _ = self.0.unlock();
+    }
+}
+
+/// Takes the lock that says that one daemon uses `dir`.
+fn lock(dir: &Path, name: &str) -> Result<Locked, HolderError> {
     private_dir(dir)?;
     let path = dir.join(name);
     let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(setup("opening the lock", &path))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Locked(file)),
         Err(TryLockError::WouldBlock) => Err(HolderError::AlreadyRunning { lock: path }),
         Err(TryLockError::Error(error)) => Err(setup("locking", &path)(error)),
     }
@@ -428,7 +438,7 @@ fn serves_mounts(kept: &KeptFds) -> bool {
 
 /// The lock of the cache. With mounts to serve a cache that cannot be locked is no reason to end, because that would close what they read through:
 /// its disk may be full or read-only, or the configuration may have become wrong, all of which can be put right. Another daemon's cache stays one.
-fn lock_cache(dir: &Path, kept: &KeptFds) -> Result<Option<File>, HolderError> {
+fn lock_cache(dir: &Path, kept: &KeptFds) -> Result<Option<Locked>, HolderError> {
     match lock(dir, CACHE_LOCK) {
         Err(error @ HolderError::Setup { .. }) if serves_mounts(kept) => {
             tracing::error!(error = &error as &dyn Error, "serving on without the lock of the cache; no other slipwayd may use it");
@@ -532,15 +542,16 @@ mod tests {
         }
         assert!(matches!(run(&options, Vec::new()), Err(HolderError::GaveUp { .. })));
     }
+
     #[test]
     fn the_version_of_a_program_that_hangs_is_not_waited_for() {
         let dir = tempfile::tempdir().expect("temporary directory");
+        // Made by another process: what this one had open for writing may be so still in a child that another test forks, and is then "busy".
+        const MAKE: &str = "printf '#!/bin/sh\\n%s\\n' \"$1\" >new && chmod 755 new && mv new program";
         let program = |script: &str| {
-            let path = dir.path().join("program");
-            fs::write(dir.path().join("new"), format!("#!/bin/sh\n{script}\n")).expect("written");
-            fs::set_permissions(dir.path().join("new"), fs::Permissions::from_mode(0o755)).expect("executable");
-            fs::rename(dir.path().join("new"), &path).expect("installed");
-            path
+            let made = Command::new("/bin/sh").args(["-c", MAKE, "sh", script]).current_dir(dir.path()).status().expect("a shell");
+            assert!(made.success());
+            dir.path().join("program")
         };
         assert_eq!(version_of(&program("echo slipwayd 9")).expect("a version"), "slipwayd 9");
         assert_eq!(version_of(&program("exit 0")).expect("a silent one"), "");

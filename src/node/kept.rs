@@ -31,7 +31,7 @@ pub struct KeptFds {
 }
 
 impl KeptFds {
-    /// Starts with what the service manager kept: `passed`, as [`uapi::process::take_listen_fds`] gave it. `payload_dir` (made if missing,
+    /// Starts with what the service manager kept: `passed`, as the program took it from its environment. `payload_dir` (made if missing,
     /// 0700) must survive restarts of the service as the descriptors do. A passed descriptor whose name or payload is unknown is closed: nobody
     /// could use it.
     pub fn open(payload_dir: &Path, passed: Vec<(String, OwnedFd)>) -> io::Result<KeptFds> {

@@ -3,7 +3,7 @@
 //! [`Source`] is the entrance: it finds the manifest for a platform, verifies manifest and configuration, and opens layers as
 //! streams of compressed bytes. What a stream carries is untrusted until a [`VerifyReader`] has seen its end.
 //!
-//! Low to high: [`digest`], [`reference`], [`platform`], [`verify`], [`manifest`], then the places an image can be, and [`source`] over
+//! Low to high: [`digest`], [`mod@reference`], [`platform`], [`verify`], [`manifest`], then the places an image can be, and [`source`] over
 //! all of them. A [`registry`] is one or more endpoints (from [`hosts`]), each of them HTTP requests with [`tls`] and, when a
 //! [`challenge`] asks for it, a [`login`]; a [`blob`] is a download that survives broken ones. A [`layout`] is a directory or an
 //! [`archive`], which may also be a [`docker_archive`].

@@ -1,7 +1,7 @@
 //! From asks to answers: whole units are claimed, fetched in runs, verified, answered and stored.
 //!
-//! An [`Engine`] has data threads, each with a ring of its own ([`data`]), which read the store and write the cache; decoders
-//! ([`decode`]), which decompress and verify; and one thread that has maps saved now and then. Which units an ask needs and which a store
+//! An [`Engine`] has data threads, each with a ring of its own (`data`), which read the store and write the cache; decoders
+//! (`decode`), which decompress and verify; and one thread that has maps saved now and then. Which units an ask needs and which a store
 //! read brings is decided in [`plan`], how far ahead of a reader to fetch in [`crate::cache::ahead`].
 
 mod data;

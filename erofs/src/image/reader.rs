@@ -1,7 +1,7 @@
 //! Views of an image.
 //!
 //! Whatever the bytes are, nothing here panics, and no call takes time or memory out of proportion to what it returns (a call on one inode)
-//! or to the image's length ([`Image::to_tree`], [`super::dump`]): every offset is computed with checked arithmetic and every range is taken
+//! or to the image's length ([`Image::to_tree`], [`super::dump()`]): every offset is computed with checked arithmetic and every range is taken
 //! from the bytes by [`Image::slice`]. Only images of our own baseline are read.
 
 use super::format::{

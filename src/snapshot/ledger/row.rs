@@ -81,7 +81,7 @@ pub struct Lineage {
     pub lower: Option<ChainId>,
 }
 
-/// A snapshot that [`Ledger::remove`] took out.
+/// A snapshot that [`super::Ledger::remove`] took out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Removed {
     /// Whose directory can go.

@@ -74,7 +74,7 @@ mod offset {
 pub struct RawInode {
     pub form: Form,
     pub layout: Layout,
-    /// `i_xattr_icount`: 0, or the xattr body's length is [`xattr_body_len`].
+    /// `i_xattr_icount`: 0, or the xattr body's length is [`super::xattr::xattr_body_len`].
     pub xattr_count: u16,
     /// Type and permission bits.
     pub mode: u16,

@@ -95,7 +95,7 @@ pub fn all_text(source: &str, all: &AllConverted) -> String {
     all.outcomes.iter().map(one).chain([index]).collect()
 }
 
-/// All platforms of an image, for programs: what [`json`] says of each, or why it failed.
+/// All platforms of an image, for programs: what [`json()`] says of each, or why it failed.
 pub fn all_json(source: &str, all: &AllConverted) -> Value {
     let one = |outcome: &Outcome| match &outcome.result {
         Ok(done) => json(done),

@@ -1,6 +1,6 @@
 //! How many packs an image may refer to, and how they are shared out.
 //!
-//! An image has at most [`record::MAX_PACKS`] packs, of its own and of others. Before any layer is read it is decided how many packs of others each
+//! An image has at most [`MAX_PACKS`] packs, of its own and of others. Before any layer is read it is decided how many packs of others each
 //! may refer to: what layers in the store refer to is known, for layers to come an estimate of their own packs is set aside, and the rest is
 //! split evenly. So the share of a layer does not depend on how the others turn out.
 //!

@@ -99,7 +99,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 }
 
 impl Segment {
-    /// The bytes as a segment; `None` unless they are exactly what [`write`] writes. Reads all of them.
+    /// The bytes as a segment; `None` unless they are exactly what [`write()`] writes. Reads all of them.
     pub fn of(bytes: Bytes) -> Option<Segment> {
         let (body, footer) = bytes.split_at_checked(bytes.len().checked_sub(FOOTER_LEN)?)?;
         let whole = footer[..VERSION_OFFSET] == MAGIC && u32_at(footer, VERSION_OFFSET) == VERSION;
