@@ -22,9 +22,13 @@ fn some(dir: &str, seed: u64, count: u64) -> Vec<Entry> {
     (seed..seed + count).map(|i| Entry::file(&format!("{dir}/{i:03}"), noise(i, (i * 37_813 % 700_000) as usize))).collect()
 }
 
+/// The store gives back the image's files and its layers' very bytes.
 fn assert_checks(ground: &Ground, image: &str) {
     let check = ground.run(&["check", image, image]);
     assert_eq!(check.code, 0, "{}{}", check.out, check.err);
+    // Which checks diff IDs.
+    let export = ground.run(&["export", image, &format!("oci:out-of-{}", image.replace(':', "-"))]);
+    assert_eq!(export.code, 0, "{}", export.err);
 }
 
 #[test]
