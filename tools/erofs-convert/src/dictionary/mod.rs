@@ -43,7 +43,7 @@ const MANY: usize = 200;
 /// several.
 const BATCH: usize = 2 << 20;
 
-/// Chunks of tables that are kept open, 52 bytes each. A pack has as many as it has files, some thousands; all the packs that an image refers
+/// Chunks of tables that are kept open, 56 bytes each. A pack has as many as it has files, some thousands; all the packs that an image refers
 /// to are rarely more than this.
 const MAX_OPEN: usize = 2 << 20;
 

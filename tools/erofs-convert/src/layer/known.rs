@@ -43,7 +43,7 @@ impl Known for Nothing {
     }
 }
 
-/// A pack's chunk table with each chunk's step: 52 bytes per chunk.
+/// A pack's chunk table with each chunk's step: 56 bytes per chunk.
 #[derive(Debug)]
 pub struct ChunkTable {
     pack: PackRef,
@@ -56,8 +56,9 @@ pub struct ChunkTable {
 pub(super) struct Step {
     /// It fills a unit.
     whole: bool,
-    /// Number in its sequence.
-    rank: u32,
+    /// Blocks of its sequence before it, and with it.
+    start: u32,
+    end: u32,
     /// Number of the shared unit that it is in, or that was being filled when it came.
     turn: u32,
 }
@@ -74,7 +75,7 @@ impl ChunkTable {
     /// The table of `pack`; `chunks` are as its footer vouches for them, in block order.
     pub fn new(pack: PackRef, chunks: Vec<ChunkEntry>) -> ChunkTable {
         let unit_blocks = pack.unit_bits.blocks();
-        let (mut ranks, mut turn, mut last_shared) = ([0u32; 2], 0u32, None);
+        let (mut ends, mut turn, mut last_shared) = ([0u32; 2], 0u32, None);
         let entries = chunks.into_iter().map(|chunk| {
             let whole = chunk.blocks == unit_blocks;
             let unit = Some(chunk.block / unit_blocks);
@@ -82,11 +83,12 @@ impl ChunkTable {
                 turn += u32::from(last_shared.is_some());
                 last_shared = unit;
             }
-            let rank = &mut ranks[usize::from(whole)];
-            *rank += 1;
+            let end = &mut ends[usize::from(whole)];
+            let start = *end;
+            *end += chunk.blocks;
             // A whole unit after a shared one came while the next shared one was being filled.
             let turn = turn + u32::from(whole && last_shared.is_some());
-            (chunk, Step { whole, rank: *rank, turn })
+            (chunk, Step { whole, start, end: *end, turn })
         });
         ChunkTable { pack, entries: entries.collect() }
     }
@@ -107,34 +109,38 @@ impl ChunkTable {
 /// How far a run of chunks has come in a pack.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cursor {
-    pub pack: Digest,
-    /// Ranks of the last shared and the last whole chunk.
-    ranks: [Option<u32>; 2],
+    /// Where the last chunk of each sequence ends.
+    ends: [Option<u32>; 2],
     turn: u32,
+    /// Blocks in the run, and blocks that it left out.
+    taken: u32,
+    skipped: u32,
 }
 
 impl Cursor {
-    /// Of a run that begins at `place`.
-    pub fn at(place: &Found) -> Cursor {
-        let mut cursor = Cursor { pack: place.pack.digest, ranks: [None; 2], turn: place.step.turn };
-        cursor.advance(place);
-        cursor
+    /// Of a run that begins at `found`, before that is taken.
+    pub fn before(found: &Found) -> Cursor {
+        Cursor { ends: [None; 2], turn: found.step.turn, taken: 0, skipped: 0 }
     }
 
-    /// Whether `place` comes next: right after the last one of its sequence; or, if it is the first of its sequence in this run, from about
-    /// the same time as the last of the other.
-    pub fn is_next(&self, place: &Found) -> bool {
-        let step = place.step;
-        place.pack.digest == self.pack
-            && match self.ranks[usize::from(step.whole)] {
-                Some(last) => step.rank == last + 1,
-                None => step.turn == self.turn || step.turn == self.turn + 1,
-            }
+    /// Whether `found`, which is in the run's pack, goes on with the run. In its sequence it comes right after the last one, or a unit at most is left
+    /// out, as what another version of a file has taken the place of, and all that is left out is no more than what is taken: the units of a run
+    /// are read for half of their content at least. If it is the first of its sequence in this run, it is from about the same time as the last
+    /// of the other.
+    pub fn is_next(&self, found: &Found) -> bool {
+        let step = found.step;
+        match self.ends[usize::from(step.whole)] {
+            Some(end) => step.start.checked_sub(end).is_some_and(|gap| gap <= found.pack.unit_bits.blocks() && self.skipped + gap <= self.taken),
+            None => step.turn == self.turn || step.turn == self.turn + 1,
+        }
     }
 
-    pub fn advance(&mut self, place: &Found) {
-        self.ranks[usize::from(place.step.whole)] = Some(place.step.rank);
-        self.turn = place.step.turn;
+    pub fn advance(&mut self, found: &Found) {
+        let step = found.step;
+        let end = self.ends[usize::from(step.whole)].replace(step.end);
+        self.skipped += end.map_or(0, |end| step.start - end);
+        self.taken += step.end - step.start;
+        self.turn = step.turn;
     }
 }
 
@@ -144,6 +150,12 @@ mod tests {
     use erofs::pack::Placer;
 
     use super::*;
+
+    fn after(found: &Found) -> Cursor {
+        let mut cursor = Cursor::before(found);
+        cursor.advance(found);
+        cursor
+    }
 
     /// The table of a pack that pieces of so many blocks make, 16 being a unit; and the first block of each piece.
     fn pack_of(blocks: &[u32]) -> (ChunkTable, Vec<u32>) {
@@ -174,7 +186,7 @@ mod tests {
             let (table, first) = pack_of(blocks);
             let place = |i: usize| table.place(first[i], &Digest([i as u8; 32]), blocks[i]).unwrap();
             for from in 0..blocks.len() {
-                let mut cursor = Cursor::at(&place(from));
+                let mut cursor = after(&place(from));
                 for to in from + 1..blocks.len() {
                     assert!(cursor.is_next(&place(to)), "{blocks:?}: {to} after {from}..");
                     cursor.advance(&place(to));
@@ -185,12 +197,33 @@ mod tests {
 
     #[test]
     fn what_lies_elsewhere_in_the_pack_does_not_follow() {
-        let blocks = [16, 16, 16, 9, 9, 9, 9, 16];
+        let blocks = [16, 16, 16, 16, 9, 9, 9, 9, 16];
         let (table, first) = pack_of(&blocks);
         let place = |i: usize| table.place(first[i], &Digest([i as u8; 32]), blocks[i]).unwrap();
-        for (from, to) in [(0, 2), (1, 0), (3, 5), (4, 3), (0, 5), (3, 3)] {
-            assert!(!Cursor::at(&place(from)).is_next(&place(to)), "{to} after {from}");
+        for (from, to) in [(0, 3), (1, 0), (4, 7), (5, 4), (0, 6), (4, 4), (3, 3)] {
+            assert!(!after(&place(from)).is_next(&place(to)), "{to} after {from}");
         }
+    }
+
+    #[test]
+    fn a_unit_may_be_left_out_but_not_more_than_is_taken() {
+        let (table, first) = pack_of(&[16; 20]);
+        let place = |i: usize| table.place(first[i], &Digest([i as u8; 32]), 16).unwrap();
+        let mut cursor = after(&place(0));
+        for next in [2, 4, 6] {
+            assert!(cursor.is_next(&place(next)) && !cursor.is_next(&place(next + 1)), "{next}");
+            cursor.advance(&place(next));
+        }
+        let mut cursor = after(&place(0));
+        cursor.advance(&place(2));
+        cursor.advance(&place(3));
+        assert!(cursor.is_next(&place(5)));
+        let (table, first) = pack_of(&[2, 1, 3, 2, 9, 9]);
+        let place = |i: usize, blocks| table.place(first[i], &Digest([i as u8; 32]), blocks).unwrap();
+        assert!(after(&place(0, 2)).is_next(&place(2, 3)), "1 left out, 2 taken");
+        assert!(!after(&place(0, 2)).is_next(&place(3, 2)), "4 left out, 2 taken");
+        assert!(after(&place(3, 2)).is_next(&place(4, 9)));
+        assert!(!after(&place(3, 2)).is_next(&place(5, 9)));
     }
 
     #[test]

@@ -4,10 +4,15 @@
 //! that lies alone. So pieces that follow each other in the archive and in one pack make a *run*, and only runs worth it are referred to:
 //! those of [`RUN`] bytes, and of a pack that the layer does not refer to yet once its runs come to [`FIRST_USE`] bytes.
 //!
-//! The decision is made while the archive streams by: a run is held back until it is decided, which is less than [`FIRST_USE`] bytes. It depends on the
-//! pieces and on what is known of other packs, on nothing else.
+//! Other pieces may come between those of a run, and a run may leave out a little of what its pack has ([`Cursor::is_next`]): of the versions of an
+//! image each has something of its own in place of what the others have, and what the second changed lies together in its pack, though
+//! not in the archive of the third. So there is a run for every pack, and it goes on when its pack's next piece comes.
+//!
+//! The decision is made while the archive streams by: pieces of undecided runs are held back, and new pieces behind them, so that what is stored is
+//! stored in the archive's order; together less than [`HELD`] bytes. It depends on the pieces and on what is known of other packs, on
+//! nothing else.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 
 use erofs::block::BLOCK_SIZE;
@@ -21,25 +26,45 @@ pub const RUN: u64 = 256 << 10;
 /// Bytes in runs that are worth one more pack to open.
 pub const FIRST_USE: u64 = 1 << 20;
 
+/// Bytes from which on no more is held back: the run that began first is stored again.
+pub const HELD: u64 = 1 << 20;
+
 /// A piece, with where it is if it is to be referred to there.
 pub(super) type Decided<T> = (T, Option<Found>);
 
-/// Takes pieces in archive order and gives them back in that order, decided. `T` is the caller's handle.
+/// Takes pieces in archive order and gives them back decided, those to be stored in that order. `T` is the caller's handle.
 pub(super) struct Runs<'k, T> {
     elsewhere: Elsewhere<'k>,
-    run: Option<Run<T>>,
+    /// By their packs.
+    runs: HashMap<Digest, Run>,
+    /// The pack of the piece that came last, if it was in a run.
+    latest: Option<Digest>,
+    held: VecDeque<Held<T>>,
+    held_bytes: u64,
     /// Packs that are referred to.
     used: HashSet<Digest>,
     /// Of other packs, bytes in runs that came by and were stored again.
     missed: HashMap<Digest, u64>,
 }
 
-struct Run<T> {
+struct Run {
     cursor: Cursor,
     bytes: u64,
-    /// Its pieces until it is decided; then there are none, and those that follow are referred to.
-    held: Vec<(T, Found)>,
+    /// Its pieces are referred to. Those of other runs are held back.
     worth: bool,
+}
+
+/// A piece that is held back. One that is not found, or not any more, waits to be stored after those before it.
+struct Held<T> {
+    item: T,
+    bytes: u64,
+    found: Option<Found>,
+}
+
+impl<T> Held<T> {
+    fn is_in(&self, pack: &Digest) -> bool {
+        self.found.is_some_and(|found| found.pack.digest == *pack)
+    }
 }
 
 impl<'k, T> Runs<'k, T> {
@@ -49,74 +74,111 @@ impl<'k, T> Runs<'k, T> {
 
     /// For a layer that refers to some packs already.
     pub fn beside(elsewhere: Elsewhere<'k>, used: impl IntoIterator<Item = Digest>) -> Runs<'k, T> {
-        Runs { elsewhere, run: None, used: used.into_iter().collect(), missed: HashMap::new() }
+        let used = used.into_iter().collect();
+        Runs { elsewhere, runs: HashMap::new(), latest: None, held: VecDeque::new(), held_bytes: 0, used, missed: HashMap::new() }
     }
 
     /// Takes the next piece; gives to `decided` what is decided now.
     pub fn push(&mut self, item: T, digest: &Digest, blocks: u32, decided: &mut Vec<Decided<T>>) -> io::Result<()> {
+        let bytes = u64::from(blocks) * BLOCK_SIZE;
         let candidates = self.elsewhere.known.candidates(digest);
-        if let Some(place) = self.continued(&candidates, digest, blocks)? {
-            self.add(item, place, blocks, decided);
-            return Ok(());
+        let found = match self.continued(&candidates, digest, blocks)? {
+            Some(found) => Some(found),
+            None => self.begun(&candidates, digest, blocks)?.inspect(|found| {
+                self.give_up(&found.pack.digest);
+                self.runs.insert(found.pack.digest, Run { cursor: Cursor::before(found), bytes: 0, worth: false });
+            }),
+        };
+        self.latest = found.map(|found| found.pack.digest);
+        if let Some(found) = found
+            && self.add(&found, bytes, decided)
+        {
+            decided.push((item, Some(found)));
+        } else {
+            self.held.push_back(Held { item, bytes, found });
+            self.held_bytes += bytes;
         }
-        self.end(decided);
-        match self.begun(&candidates, digest, blocks)? {
-            Some(place) => {
-                self.run = Some(Run { cursor: Cursor::at(&place), bytes: 0, held: Vec::new(), worth: false });
-                self.add(item, place, blocks, decided);
-            }
-            None => decided.push((item, None)),
+        self.release(decided);
+        while self.held_bytes >= HELD {
+            let first = self.held.front().and_then(|held| held.found).expect("what is held first is of an undecided run");
+            self.give_up(&first.pack.digest);
+            self.release(decided);
         }
         Ok(())
     }
 
-    /// There are no more pieces for now, or a piece that has nothing to do with this comes between: the run ends.
+    /// There are no more pieces.
     pub fn end(&mut self, decided: &mut Vec<Decided<T>>) {
-        let Some(run) = self.run.take() else { return };
-        if !run.worth && run.bytes >= RUN {
-            *self.missed.entry(run.cursor.pack).or_default() += run.bytes;
-        }
-        decided.extend(run.held.into_iter().map(|(item, _)| (item, None)));
+        self.runs.clear();
+        decided.extend(self.held.drain(..).map(|held| (held.item, None)));
+        self.held_bytes = 0;
     }
 
-    /// The place of a piece that goes on with the run.
+    /// The place of a piece that goes on with a run, with the one that the last piece was in if possible.
     fn continued(&self, candidates: &[(Digest, u32)], digest: &Digest, blocks: u32) -> io::Result<Option<Found>> {
-        let Some(Run { cursor, .. }) = &self.run else { return Ok(None) };
-        let mut candidates = candidates.iter().filter(|(pack, _)| *pack == cursor.pack).peekable();
-        if candidates.peek().is_none() {
-            return Ok(None);
-        }
-        let Some(table) = self.elsewhere.known.table(&cursor.pack)? else { return Ok(None) };
-        Ok(candidates.filter_map(|(_, block)| table.place(*block, digest, blocks)).find(|place| cursor.is_next(place)))
-    }
-
-    /// The place of a piece that begins a run: the first that is really there, in a pack that is used or may still be.
-    fn begun(&self, candidates: &[(Digest, u32)], digest: &Digest, blocks: u32) -> io::Result<Option<Found>> {
-        let full = self.used.len() >= self.elsewhere.max_packs;
-        for (pack, block) in candidates.iter().filter(|(pack, _)| !full || self.used.contains(pack)) {
-            let table = self.elsewhere.known.table(pack)?;
-            if let Some(place) = table.and_then(|table| table.place(*block, digest, blocks)) {
-                return Ok(Some(place));
+        let of_latest = |yes: bool| candidates.iter().filter(move |(pack, _)| (Some(*pack) == self.latest) == yes);
+        for (pack, block) in of_latest(true).chain(of_latest(false)) {
+            let Some(run) = self.runs.get(pack) else { continue };
+            let found = self.elsewhere.known.table(pack)?.and_then(|table| table.place(*block, digest, blocks));
+            if let Some(found) = found.filter(|found| run.cursor.is_next(found)) {
+                return Ok(Some(found));
             }
         }
         Ok(None)
     }
 
-    fn add(&mut self, item: T, place: Found, blocks: u32, decided: &mut Vec<Decided<T>>) {
-        let run = self.run.as_mut().expect("a run has begun");
-        run.cursor.advance(&place);
-        run.bytes += u64::from(blocks) * BLOCK_SIZE;
-        if run.worth {
-            decided.push((item, Some(place)));
-            return;
+    /// The place of a piece that begins a run: the first that is really there, in a pack that is used or may still be.
+    fn begun(&self, candidates: &[(Digest, u32)], digest: &Digest, blocks: u32) -> io::Result<Option<Found>> {
+        for (pack, block) in candidates.iter().filter(|(pack, _)| self.may_use(pack)) {
+            let table = self.elsewhere.known.table(pack)?;
+            if let Some(found) = table.and_then(|table| table.place(*block, digest, blocks)) {
+                return Ok(Some(found));
+            }
         }
-        run.held.push((item, place));
-        let pack = run.cursor.pack;
-        let missed = self.missed.get(&pack).copied().unwrap_or(0);
-        if run.bytes >= RUN && (self.used.contains(&pack) || missed + run.bytes >= FIRST_USE) {
+        Ok(None)
+    }
+
+    fn may_use(&self, pack: &Digest) -> bool {
+        self.used.contains(pack) || self.used.len() < self.elsewhere.max_packs
+    }
+
+    /// Adds a piece to its run. True if it is worth it; then what was held back of the run is decided.
+    fn add(&mut self, found: &Found, bytes: u64, decided: &mut Vec<Decided<T>>) -> bool {
+        let pack = found.pack.digest;
+        let may_use = self.may_use(&pack);
+        let run = self.runs.get_mut(&pack).expect("the run goes on or has just begun");
+        run.cursor.advance(found);
+        run.bytes += bytes;
+        let seen = run.bytes + self.missed.get(&pack).copied().unwrap_or(0);
+        if !run.worth && run.bytes >= RUN && may_use && (self.used.contains(&pack) || seen >= FIRST_USE) {
             run.worth = true;
             self.used.insert(pack);
-            decided.extend(run.held.drain(..).map(|(item, place)| (item, Some(place))));
+            for held in std::mem::take(&mut self.held) {
+                if held.is_in(&pack) {
+                    self.held_bytes -= held.bytes;
+                    decided.push((held.item, held.found));
+                } else {
+                    self.held.push_back(held);
+                }
+            }
+        }
+        run.worth
+    }
+
+    /// Ends the run of a pack, if there is one. What is held back of it is stored again.
+    fn give_up(&mut self, pack: &Digest) {
+        let Some(run) = self.runs.remove(pack) else { return };
+        if !run.worth && run.bytes >= RUN {
+            *self.missed.entry(*pack).or_default() += run.bytes;
+        }
+        self.held.iter_mut().filter(|held| held.is_in(pack)).for_each(|held| held.found = None);
+    }
+
+    /// Gives what is to be stored, up to the first piece that is undecided.
+    fn release(&mut self, decided: &mut Vec<Decided<T>>) {
+        while let Some(held) = self.held.pop_front_if(|held| held.found.is_none()) {
+            self.held_bytes -= held.bytes;
+            decided.push((held.item, None));
         }
     }
 }
@@ -164,10 +226,13 @@ mod tests {
         for (i, piece) in pieces.iter().enumerate() {
             runs.push(i, &digest(*piece), 16, &mut decided).unwrap();
             let held = i + 1 - decided.len();
-            assert!(held as u64 * 65536 < FIRST_USE, "{held} pieces are held back");
+            assert!((held as u64 * 65536) < HELD, "{held} pieces are held back");
         }
         runs.end(&mut decided);
-        assert!(decided.iter().enumerate().all(|(i, (item, _))| i == *item), "the order stays");
+        let stored: Vec<usize> = decided.iter().filter(|(_, found)| found.is_none()).map(|(item, _)| *item).collect();
+        assert!(stored.is_sorted(), "what is stored keeps its order: {stored:?}");
+        decided.sort_by_key(|(item, _)| *item);
+        assert!(decided.iter().enumerate().all(|(i, (item, _))| i == *item), "every piece is decided once");
         let text: String = decided.iter().map(|(_, place)| place.map_or('.', |place| char::from(place.pack.digest.0[0]))).collect();
         assert_eq!(text, expected, "{pieces:?}");
     }
@@ -210,6 +275,22 @@ mod tests {
         check(&packs, 9, &range(0..40), &format!("{}{}", ".".repeat(8), "b".repeat(32)));
         // Begun in b, it stays there although a has 40 as well.
         check(&packs, 9, &range(20..45), &"b".repeat(25));
+    }
+
+    #[test]
+    fn a_run_goes_on_after_pieces_that_are_elsewhere_or_new() {
+        // What the second version changed is in b, one piece after three of the first; the third has changes of its own.
+        let packs = [(b'a', range(0..120)), (b'b', range(200..240))];
+        let version = |third: Option<u32>| -> Vec<u32> {
+            let changed = (0..30).flat_map(|i| [16 + i * 3, 17 + i * 3, 18 + i * 3, 200 + i].into_iter().chain(third.map(|from| from + i)));
+            (0..16).chain(changed).collect()
+        };
+        check(&packs, 9, &version(None), &format!("{}{}", "a".repeat(16), "aaab".repeat(30)));
+        // New pieces take half of what can be held back, so that b is used only when some of its runs have been stored again.
+        check(&packs, 9, &version(Some(300)), &format!("{}{}{}", "a".repeat(16), "aaa..".repeat(8), "aaab.".repeat(22)));
+        // However much comes between.
+        let pieces = [range(0..20), range(300..340), range(20..23), range(340..360), range(23..27)].concat();
+        check(&packs, 9, &pieces, &format!("{}{}aaa{}aaaa", "a".repeat(20), ".".repeat(40), ".".repeat(20)));
     }
 
     #[test]

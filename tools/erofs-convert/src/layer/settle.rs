@@ -64,8 +64,6 @@ impl Before<'_> {
         for (number, ((digest, blocks), place)) in self.chunks.iter().zip(&self.places.chunks).enumerate() {
             if is_own(place) {
                 runs.push(number as u32, digest, *blocks, &mut decided)?;
-            } else {
-                runs.end(&mut decided);
             }
         }
         runs.end(&mut decided);
