@@ -29,7 +29,8 @@ const LEVEL: i32 = 3;
 /// Bytes read or decompressed at a time.
 const BUFFER: usize = 128 << 10;
 
-/// A framing being written, temporary until [`Store::put_framing`]. Its errors carry a [`StoreError`].
+/// A framing being written, temporary until [`Store::put_framing`]. Its errors carry a [`StoreError`]. In memory it is some 4 MiB, the compressor's,
+/// as long as it lives.
 pub struct FramingTemp {
     encoder: zstd::Encoder<'static, Temp>,
     hasher: Hasher,

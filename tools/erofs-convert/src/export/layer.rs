@@ -21,23 +21,26 @@ pub(super) struct StoredLayer<'a> {
     /// Which one of which image, for messages.
     name: String,
     framing: Framing,
-    packs: Vec<PackFile>,
 }
 
 impl<'a> StoredLayer<'a> {
-    /// Opens and verifies its framing and its packs' tables.
+    /// Opens and verifies its framing, and sees that its packs are there.
     pub fn open(store: &Store, layer: &'a RootLayer, name: String) -> Result<StoredLayer<'a>, Failure> {
-        let framing = store.read_framing(&layer.diff_id, &layer.framing)?;
-        let packs = framing.places.packs.iter().map(|pack| PackFile::open(store, pack)).collect::<Result<_, _>>()?;
-        Ok(StoredLayer { layer, name, framing, packs })
+        let stored = StoredLayer { layer, name, framing: store.read_framing(&layer.diff_id, &layer.framing)? };
+        // Not kept open: layers of an image may refer to hundreds of packs each.
+        for pack in &stored.framing.places.packs {
+            PackFile::open(store, pack)?;
+        }
+        Ok(stored)
     }
 
     /// Writes it as a blob; gives digest and length. A blob whose tar has another diff ID gets no name.
-    pub fn write(&self, layout: &Layout, stop: &CancellationToken) -> Result<(Sha256, u64), Failure> {
+    pub fn write(&self, store: &Store, layout: &Layout, stop: &CancellationToken) -> Result<(Sha256, u64), Failure> {
+        let packs = self.framing.places.packs.iter().map(|pack| PackFile::open(store, pack)).collect::<Result<Vec<_>, _>>()?;
         let blob = layout.blob()?;
         let path = blob.path().to_owned();
         let mut tar = Hashed::new(GzEncoder::new(blob, Compression::default()));
-        self.tar(&mut tar, stop, &failed(&path))?;
+        self.tar(DataReader::new(&packs), &mut tar, stop, &failed(&path))?;
         let found = tar.hasher.finish();
         if found != self.layer.diff_id.0 {
             return Err(self.damaged(format!("{} and the packs it names give a tar with the digest {found}", self.framing.path().display())));
@@ -46,10 +49,15 @@ impl<'a> StoredLayer<'a> {
     }
 
     /// Writes the tar, every unit verified.
-    fn tar(&self, out: &mut Hashed<impl Write>, stop: &CancellationToken, failed: &dyn Fn(io::Error) -> Failure) -> Result<(), Failure> {
+    fn tar(
+        &self,
+        mut data: DataReader<'_>,
+        out: &mut Hashed<impl Write>,
+        stop: &CancellationToken,
+        failed: &dyn Fn(io::Error) -> Failure,
+    ) -> Result<(), Failure> {
         // A framing that the converter made stands for no more, and zeros are cheap to ask for.
         let longest = Budget::default().stream;
-        let mut data = DataReader::new(&self.packs);
         let mut steps = self.framing.steps()?;
         let unit_bits = steps.unit_bits();
         let zeros = vec![0; unit_bits.bytes() as usize];

@@ -68,7 +68,7 @@ pub fn export(context: &Context<'_>, store: &Store, root: &ImageRoot, target: &T
     let mut layers = Vec::new();
     for (i, (stored, of)) in stored.iter().zip(&root.layers).enumerate() {
         let progress = context.progress.layer(i + 1, root.layers.len(), of.blob, of.size);
-        let (digest, size) = stored.write(&layout, context.stop)?;
+        let (digest, size) = stored.write(store, &layout, context.stop)?;
         layers.push(ExportedLayer { digest, size, diff_id: of.diff_id });
         progress.finish();
     }
