@@ -109,6 +109,16 @@ pub fn limit_malloc_arenas(arenas: u16) {
     let _ = arenas;
 }
 
+/// Gives free pages of the heap back to the kernel (`malloc_trim(3)`). By itself glibc gives back only what lies at the end of an arena, and what one
+/// thread has freed is of no use to threads of other arenas.
+pub fn trim_heap() {
+    // SAFETY: takes a number and works under malloc's own locks.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Raises the soft limit of open files to the hard one. Gives the limit as it is afterwards.
 pub fn raise_open_file_limit() -> io::Result<u64> {
     let mut limit = rustix::process::getrlimit(Resource::Nofile);

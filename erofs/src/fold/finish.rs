@@ -10,7 +10,7 @@ pub(super) fn finish(draft: Draft) -> Tree {
     let mut number: Vec<Option<InodeIndex>> = vec![None; inodes.len()];
     let mut pack_number: Vec<Option<u32>> = vec![None; all_packs.len()];
     let mut packs = Vec::new();
-    let mut out = Vec::new();
+    let mut out = Vec::with_capacity(inodes.len());
     // No recursion: trees may be many thousands of levels deep.
     let mut todo = vec![Tree::ROOT];
     while let Some(index) = todo.pop() {

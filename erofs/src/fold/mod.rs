@@ -19,6 +19,8 @@
 mod draft;
 mod finish;
 
+use std::borrow::Borrow;
+
 use crate::digest::Digest;
 use crate::layer::{LayerError, LayerTree};
 use crate::tree::Tree;
@@ -61,9 +63,9 @@ pub enum FoldError {
 
 /// Folds layers, bottom first, into the tree a container sees. Inodes come depth first by name, packs in the order in which their chunks
 /// are met on the way; what no name reaches is dropped.
-pub fn fold(layers: &[LayerTree]) -> Result<Tree, FoldError> {
+pub fn fold<L: Borrow<LayerTree>>(layers: &[L]) -> Result<Tree, FoldError> {
     let mut draft = draft::Draft::new();
-    for (number, layer) in layers.iter().enumerate() {
+    for (number, layer) in layers.iter().map(Borrow::borrow).enumerate() {
         layer.check().map_err(|source| FoldError::Layer { layer: number, source })?;
         draft.apply(number, layer)?;
     }

@@ -124,7 +124,7 @@ impl<'a> LayerJob<'a> {
         let entry = Entry { store: self.store.id().to_owned(), diff_id: layer.diff_id, files };
         self.journal.add(&entry).map_err(state_failure)?;
         progress.finish();
-        Ok(Finished { files, tree, reused: false, new_packs })
+        Ok(Finished { files, tree: tree.into(), reused: false, new_packs })
     }
 
     fn options(&self) -> LayerOptions {

@@ -22,6 +22,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use erofs::digest::Digest;
@@ -100,7 +101,7 @@ pub struct Converted {
 #[derive(Clone)]
 struct Finished {
     files: LayerFiles,
-    tree: LayerTree,
+    tree: Arc<LayerTree>,
     reused: bool,
     /// Packs that are new in the store with it, with the length of their files.
     new_packs: Vec<(Digest, u64)>,
@@ -159,8 +160,9 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
         stages: &meter.stages,
     };
     convert_layers(&job, options, &reach, todo, &mut finished)?;
-    compact::refuse_layers(&image, finished.values().map(|layer| &layer.tree))?;
-    let published = meter.fold(|| publish::publish(context, options.jobs, &store, &key, &image, &finished));
+    compact::refuse_layers(&image, finished.values().map(|layer| &*layer.tree))?;
+    let savings = Savings::of(&image, &finished);
+    let published = meter.fold(|| publish::publish(context, options.jobs, &store, &key, &image, finished));
     let (mut root, top, packs, reused) = published?;
     // Last, so that a push that fails leaves the image converted.
     let mut target = None;
@@ -180,7 +182,6 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
         }
         target = Some(pushed);
     }
-    let savings = Savings::of(&image, &finished);
     Ok(Converted { root, reused, packs, savings, target, seconds: started.elapsed().as_secs_f64(), cost: meter.cost() })
 }
 

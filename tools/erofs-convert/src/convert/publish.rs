@@ -1,22 +1,25 @@
 //! From layer trees to what nodes find: metadata image, records for every prefix, image root.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use erofs::digest::Digest;
 use erofs::fold::{FOLD_VERSION, fold};
-use erofs::image::{self, Built, Checked, Image, ImageError};
+use erofs::image::{self, Checked, Image, ImageError};
 use erofs::layer::LayerTree;
 use erofs::meta::Content;
 use erofs::tree::{Body, Tree};
 use slipway::oci::{DiffId, SourceImage};
 use slipway::store::{ImageRoot, LayerFiles, Payload, RootConfig, RootLayer, SigningKey, Sizes, Store, Trust, record};
+use uapi::process::trim_heap;
 
 use super::{Context, Finished, reuse};
 use crate::failure::Failure;
 use crate::parallel::in_parallel;
 
-/// Each fold holds a whole tree and its metadata image, some hundred MB for the largest images.
-const FOLDS_AT_ONCE: usize = 4;
+/// What is folded at once: each fold holds a whole tree and its metadata image, some 450 bytes per entry. So small images are folded on all
+/// processors, and large ones do not take that memory several times over.
+const ENTRIES_AT_ONCE: usize = 200_000;
 
 type Outcome = (ImageRoot, Payload, Vec<(Digest, u64)>, Vec<bool>);
 
@@ -28,17 +31,25 @@ pub(super) fn publish(
     store: &Store,
     key: &SigningKey,
     image: &SourceImage,
-    finished: &HashMap<DiffId, Finished>,
+    finished: HashMap<DiffId, Finished>,
 ) -> Result<Outcome, Failure> {
     let layers: Vec<&Finished> = image.layers.iter().map(|layer| &finished[&layer.diff_id]).collect();
-    let trees: Vec<LayerTree> = layers.iter().map(|layer| layer.tree.clone()).collect();
+    let trees: Vec<Arc<LayerTree>> = layers.iter().map(|layer| Arc::clone(&layer.tree)).collect();
     let files: Vec<LayerFiles> = layers.iter().map(|layer| layer.files).collect();
+    let reused = layers.iter().map(|layer| layer.reused).collect();
     context.progress.say("folding layers");
     let stop = context.stop.child_token();
-    let prefixes = (1..=trees.len()).collect();
+    let prefixes: Vec<Vec<Arc<LayerTree>>> = (1..=trees.len()).map(|len| trees[..len].to_vec()).collect();
+    // From here on a tree is there for as long as it is folded: the whole image's own, which is folded last, then comes in the place of the layers'.
+    drop(finished);
     let trust = Trust(vec![key.public()]);
-    let folded = in_parallel(jobs.min(FOLDS_AT_ONCE), prefixes, &stop, |len| {
-        let (trees, files) = (&trees[..len], &files[..len]);
+    let entries: usize = trees.iter().map(|tree| tree.entries.len()).sum();
+    let at_once = jobs.min(ENTRIES_AT_ONCE / entries.max(1)).max(1);
+    drop(trees);
+    trim_heap();
+    let folded = in_parallel(at_once, prefixes, &stop, |trees| {
+        let len = trees.len();
+        let files = &files[..len];
         let known = if len < image.layers.len() { store.find(&image.layers[len - 1].chain_id, &trust)? } else { None };
         match known {
             // We said so ourselves before.
@@ -46,7 +57,9 @@ pub(super) fn publish(
             _ => Prefix::fold(store, key, image, trees, files),
         }
     })?;
+    trim_heap();
     let (top, top_bytes) = folded.last().map(|prefix| (&prefix.payload, &prefix.top_bytes)).expect("an image has layers");
+    read_back(top_bytes, top.metadata)?;
     store.put_metadata(top_bytes)?;
     for prefix in &folded {
         if context.stop.is_cancelled() {
@@ -75,7 +88,7 @@ pub(super) fn publish(
     root.target = store.earlier_image(&root)?.and_then(|earlier| earlier.target);
     store.put_image(&root)?;
     let packs = top.packs.iter().map(|pack| Ok((pack.digest, reuse::pack_len(store, pack.digest)?))).collect::<Result<_, Failure>>()?;
-    Ok((root, top.clone(), packs, layers.iter().map(|layer| layer.reused).collect()))
+    Ok((root, top.clone(), packs, reused))
 }
 
 /// The lowest layers of an image, folded.
@@ -86,11 +99,13 @@ struct Prefix {
 }
 
 impl Prefix {
-    fn fold(store: &Store, key: &SigningKey, image: &SourceImage, trees: &[LayerTree], files: &[LayerFiles]) -> Result<Prefix, Failure> {
+    fn fold(store: &Store, key: &SigningKey, image: &SourceImage, trees: Vec<Arc<LayerTree>>, files: &[LayerFiles]) -> Result<Prefix, Failure> {
         let len = trees.len();
         let top = len == image.layers.len();
         let chain = image.layers[len - 1].chain_id;
-        let tree = fold(trees).map_err(|source| Failure::Fold { chain, source })?;
+        let tree = fold(&trees).map_err(|source| Failure::Fold { chain, source })?;
+        drop(trees);
+        trim_heap();
         let checked = Checked::new(tree).map_err(|source| Failure::Tree { chain, source })?;
         let built = image::write(&checked);
         let tree = checked.tree();
@@ -102,9 +117,6 @@ impl Prefix {
             stored += reuse::pack_len(store, pack.digest)?;
         }
         let sizes = Sizes { metadata: built.bytes.len() as u64, content: content_size(tree), inodes: tree.inodes.len() as u64, stored };
-        if top {
-            read_back(&built)?;
-        }
         let payload = Payload {
             chain,
             parent: len.checked_sub(2).map(|below| image.layers[below].chain_id),
@@ -125,9 +137,8 @@ impl Prefix {
 }
 
 /// The writer is checked by the reader before anything is named after its output: what is read back must give the same image again.
-fn read_back(built: &Built) -> Result<(), Failure> {
-    let digest = built.digest;
-    let tree = Image::open(&built.bytes).and_then(|image| image.to_tree()).map_err(|source| Failure::Metadata { digest, source })?;
+fn read_back(bytes: &[u8], digest: Digest) -> Result<(), Failure> {
+    let tree = Image::open(bytes).and_then(|image| image.to_tree()).map_err(|source| Failure::Metadata { digest, source })?;
     let again = Checked::new(tree).map_err(|error| Failure::Metadata { digest, source: ImageError::Tree(error) })?;
     assert_eq!(image::write(&again).digest, digest, "a metadata image that is read back gives itself");
     Ok(())
@@ -168,9 +179,9 @@ mod tests {
         let key_dir = tempfile::tempdir().unwrap();
         let key = SigningKey::load_or_create(&key_dir.path().join("key")).unwrap();
         let count = record::MAX_PACKS + 1;
-        let trees: Vec<LayerTree> = (0..count).map(layer).collect();
+        let trees: Vec<Arc<LayerTree>> = (0..count).map(|number| layer(number).into()).collect();
         let files = |tree: &LayerTree| LayerFiles { tree: Digest::of(&tree.encode()), framing: Digest::of(b"no node reads it") };
-        let files: Vec<LayerFiles> = trees.iter().map(files).collect();
+        let files: Vec<LayerFiles> = trees.iter().map(|tree| files(tree)).collect();
         let diff_ids: Vec<DiffId> = (0..count).map(|i| DiffId(Sha256::of(&i.to_le_bytes()))).collect();
         let layers = chain_ids(&diff_ids).into_iter().zip(&diff_ids);
         let layers =
@@ -186,7 +197,7 @@ mod tests {
         for tree in &trees {
             store.publish(store.temp().unwrap(), &Name::Pack(tree.packs[0].digest)).unwrap();
         }
-        let fold = |len: usize| Prefix::fold(&store, &key, &image, &trees[..len], &files[..len]);
+        let fold = |len: usize| Prefix::fold(&store, &key, &image, trees[..len].to_vec(), &files[..len]);
         assert_eq!(fold(count - 1).map(|prefix| prefix.payload.packs.len()).map_err(|failure| failure.report()), Ok(count - 1));
         let Err(failure) = fold(count) else { panic!("{count} packs are taken") };
         let text = failure.report();

@@ -69,7 +69,7 @@ fn add(store: &Store, finished: &mut HashMap<DiffId, Finished>, diff_id: DiffId,
             Err(error) => return Err(error.into()),
         }
     }
-    finished.insert(diff_id, Finished { files, tree, reused: true, new_packs: Vec::new() });
+    finished.insert(diff_id, Finished { files, tree: tree.into(), reused: true, new_packs: Vec::new() });
     Ok(())
 }
 

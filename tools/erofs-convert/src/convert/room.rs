@@ -69,7 +69,7 @@ mod tests {
         let kind = EntryKind::Node { attr: Attr::default(), content: Content::File(data) };
         let tree = LayerTree::new(packs.map(pack).collect(), vec![Entry { path: b"f".to_vec(), kind }]).unwrap();
         let files = LayerFiles { tree: Digest::of(&tree.encode()), framing: Digest::of(b"no matter") };
-        Finished { files, tree, reused: false, new_packs: Vec::new() }
+        Finished { files, tree: tree.into(), reused: false, new_packs: Vec::new() }
     }
 
     fn layer(name: &str, size: u64) -> SourceLayer {

@@ -92,6 +92,8 @@ impl<'a> Settling<'a> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use erofs::layer::LayerTree;
     use slipway::oci::{Access, Platform, Source};
     use slipway::store::{LayerFiles, Store};
@@ -106,7 +108,7 @@ mod tests {
     use crate::progress::Progress;
 
     /// Converts the layers of `source` and has them settled in this order; gives their files and trees, from the lowest.
-    fn settled(runtime: &tokio::runtime::Runtime, source: &Source, order: &[usize]) -> Vec<(LayerFiles, LayerTree)> {
+    fn settled(runtime: &tokio::runtime::Runtime, source: &Source, order: &[usize]) -> Vec<(LayerFiles, Arc<LayerTree>)> {
         let dir = tempfile::tempdir().unwrap();
         let made = |name: &str| {
             std::fs::create_dir(dir.path().join(name)).unwrap();
