@@ -40,6 +40,14 @@ impl<T> Placer<T> {
         Placer { unit_bits, open: Vec::new(), pieces: Vec::new() }
     }
 
+    /// Takes a buffer for the unit that pieces will share next, if it has none: whatever is in it, it is emptied.
+    pub fn lend(&mut self, buffer: impl FnOnce() -> Vec<u8>) {
+        if self.open.capacity() == 0 {
+            self.open = buffer();
+            self.open.clear();
+        }
+    }
+
     /// Places one chunk of 1 ..= unit-size bytes. Gives the unit that this filled or closed, if any.
     pub fn push(&mut self, mut chunk: Vec<u8>, handle: T) -> Option<PlacedUnit<T>> {
         let unit = self.unit_bits.bytes() as usize;

@@ -45,28 +45,32 @@ pub enum UnitError {
 /// A compressor with its working memory, for threads that encode many units.
 pub struct UnitEncoder {
     zstd: Compressor<'static>,
+    /// Where zstd writes: zeroed once rather than for every unit.
+    out: Vec<u8>,
 }
 
 impl UnitEncoder {
     /// An encoder at this zstd level.
     pub fn new(level: i32) -> UnitEncoder {
-        UnitEncoder { zstd: Compressor::new(level).expect("zstd takes any level and only fails without memory") }
+        UnitEncoder { zstd: Compressor::new(level).expect("zstd takes any level and only fails without memory"), out: Vec::new() }
     }
 
     /// Compresses a unit whose BLAKE3 is already known (a whole chunk is a unit, so whoever looked for duplicates has hashed it).
     /// `data` is a whole number of blocks, not empty. The unit is stored raw when zstd saves no block: units start on block boundaries,
-    /// so anything less would cost every reader a decompression for nothing.
-    pub fn encode(&mut self, data: Vec<u8>, digest: Digest) -> EncodedUnit {
+    /// so anything less would cost every reader a decompression for nothing. Then its bytes are taken out of `data`, which is left alone otherwise.
+    pub fn encode(&mut self, data: &mut Vec<u8>, digest: Digest) -> EncodedUnit {
         debug_assert!(!data.is_empty() && (data.len() as u64).is_multiple_of(BLOCK_SIZE));
         let blocks = (data.len() as u64 / BLOCK_SIZE) as u32;
         // A destination one block short makes zstd give up by itself on what would be stored raw.
-        let mut stored = vec![0; data.len() - BLOCK_SIZE as usize];
-        match self.zstd.compress_to_buffer(&data, &mut stored[..]) {
+        let room = data.len() - BLOCK_SIZE as usize;
+        if self.out.len() < room {
+            self.out.resize(room, 0);
+        }
+        match self.zstd.compress_to_buffer(&data[..], &mut self.out[..room]) {
             Ok(len) if blocks_for(len as u64) < u64::from(blocks) => {
-                stored.truncate(len);
-                EncodedUnit { stored, codec: Codec::Zstd, digest, blocks }
+                EncodedUnit { stored: self.out[..len].to_vec(), codec: Codec::Zstd, digest, blocks }
             }
-            _ => EncodedUnit { stored: data, codec: Codec::Raw, digest, blocks },
+            _ => EncodedUnit { stored: std::mem::take(data), codec: Codec::Raw, digest, blocks },
         }
     }
 }
@@ -74,7 +78,7 @@ impl UnitEncoder {
 /// Compresses one unit; who has many keeps a [`UnitEncoder`]. `data` is a whole number of blocks (zero-padded by the caller), not empty; `level` is zstd's. The unit is stored
 /// raw when zstd saves no block.
 pub fn encode_unit(data: &[u8], level: i32) -> EncodedUnit {
-    UnitEncoder::new(level).encode(data.to_vec(), Digest::of(data))
+    UnitEncoder::new(level).encode(&mut data.to_vec(), Digest::of(data))
 }
 
 thread_local! {
@@ -141,7 +145,10 @@ mod tests {
         let mut encoder = UnitEncoder::new(1);
         for data in [vec![1; 65536], noise(8192), [noise(4096), vec![3; 61440]].concat()] {
             let digest = Digest::of(&data);
-            assert_eq!(encoder.encode(data.clone(), digest), encode_unit(&data, 1));
+            let mut given = data.clone();
+            let unit = encoder.encode(&mut given, digest);
+            assert_eq!(given.is_empty(), unit.codec == Codec::Raw, "what is not stored comes back");
+            assert_eq!(unit, encode_unit(&data, 1));
         }
     }
 

@@ -32,6 +32,7 @@ pub(super) enum FileData {
 /// Takes files' data and feeds units to the compressors. Per distinct chunk it remembers some 70 bytes.
 pub(super) struct Chunker<'f> {
     unit_bits: UnitBits,
+    feeder: &'f Feeder,
     seen: HashMap<Digest, (ChunkId, u32)>,
     runs: Runs<'f, NewChunk>,
     decided: Vec<Decided<NewChunk>>,
@@ -56,7 +57,7 @@ pub(super) struct Chunked {
 impl<'f> Chunker<'f> {
     pub fn new(unit_bits: UnitBits, feeder: &'f Feeder, elsewhere: Elsewhere<'f>) -> Chunker<'f> {
         let (runs, packing) = (Runs::new(elsewhere), Packing::new(unit_bits, feeder));
-        Chunker { unit_bits, seen: HashMap::new(), runs, decided: Vec::new(), packing }
+        Chunker { unit_bits, feeder, seen: HashMap::new(), runs, decided: Vec::new(), packing }
     }
 
     /// Takes the data of a regular file, all of what the archive has for it.
@@ -68,7 +69,7 @@ impl<'f> Chunker<'f> {
     ) -> Result<FileData, ConvertError> {
         let mut regions = Regions { map: sparse, next: 0, raw: size <= INLINE_LIMIT };
         if size <= INLINE_LIMIT {
-            let bytes = regions.read(archive, 0, size as usize)?;
+            let bytes = regions.read(archive, 0, size as usize, || vec![0; size as usize])?;
             return Ok(FileData::Inline(bytes.unwrap_or_else(|| vec![0; size as usize])));
         }
         let ranges = regions.ranges(size);
@@ -80,7 +81,8 @@ impl<'f> Chunker<'f> {
         let mut at = 0;
         while at < size {
             let len = unit.min(size - at);
-            ids.push(match regions.read(archive, at, len as usize)? {
+            let buffer = || if len == unit { self.feeder.buffer() } else { vec![0; len as usize] };
+            ids.push(match regions.read(archive, at, len as usize, buffer)? {
                 Some(bytes) => {
                     let id = self.chunk(bytes)?;
                     archive.chunk((id != HOLE).then_some(id.0))?;
@@ -95,11 +97,13 @@ impl<'f> Chunker<'f> {
 
     fn chunk(&mut self, bytes: Vec<u8>) -> Result<ChunkId, ConvertError> {
         if is_zero(&bytes) {
+            self.feeder.give_back(bytes);
             return Ok(HOLE);
         }
         let blocks = blocks_for(bytes.len() as u64);
         let digest = Digest::of_padded(&bytes, blocks * BLOCK_SIZE);
         if let Some((id, _)) = self.seen.get(&digest) {
+            self.feeder.give_back(bytes);
             return Ok(*id);
         }
         let id = self.packing.number();
@@ -114,7 +118,10 @@ impl<'f> Chunker<'f> {
     fn place(&mut self) -> Result<(), ConvertError> {
         for (NewChunk { id, digest, bytes }, found) in self.decided.drain(..) {
             match found {
-                Some(found) => self.packing.refer(id, &found.pack, found.block),
+                Some(found) => {
+                    self.packing.refer(id, &found.pack, found.block);
+                    self.feeder.give_back(bytes);
+                }
                 None => self.packing.store(id, digest, bytes)?,
             }
         }
@@ -179,10 +186,16 @@ impl Regions<'_> {
         ranges
     }
 
-    /// The `len` bytes at `at`; `None` when no region touches them.
-    fn read(&mut self, archive: &mut Archive<impl Read, impl Write>, at: u64, len: usize) -> Result<Option<Vec<u8>>, ConvertError> {
+    /// The `len` bytes at `at`; `None` when no region touches them. `buffer` gives memory of that length with anything in it.
+    fn read(
+        &mut self,
+        archive: &mut Archive<impl Read, impl Write>,
+        at: u64,
+        len: usize,
+        buffer: impl FnOnce() -> Vec<u8>,
+    ) -> Result<Option<Vec<u8>>, ConvertError> {
         let Some(map) = self.map else {
-            let mut bytes = vec![0; len];
+            let mut bytes = buffer();
             self.take(archive, &mut bytes)?;
             return Ok(Some(bytes));
         };

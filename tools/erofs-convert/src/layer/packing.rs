@@ -59,6 +59,7 @@ impl<'f> Packing<'f> {
 
     /// Stores a chunk in the layer's packs.
     pub fn store(&mut self, id: ChunkId, digest: Digest, bytes: Vec<u8>) -> Result<(), ConvertError> {
+        self.placer.lend(|| self.feeder.buffer());
         match self.placer.push(bytes, (id, digest)) {
             Some(unit) => self.send(unit),
             None => Ok(()),
