@@ -26,6 +26,10 @@ use super::{Name, Store, StoreError, content, framing, open};
 /// Age at which a temporary file belongs to no running conversion: a pack of 1 GiB is written in minutes.
 const STALE: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// The kernel is asked to begin writing a file back whenever so much more of it was written. Left alone it begins when a tenth of the memory is
+/// dirty, and publishing packs waits for the disk while nothing computes: for four of 300 MB, 0.55 s on a disk of 1.6 GB/s; like this 0.05 s.
+const WRITE_BACK: u64 = 8 << 20;
+
 /// Bytes compared at a time when a name is already taken.
 const COMPARE: usize = 1 << 20;
 
@@ -38,6 +42,9 @@ pub struct Temp {
     path: PathBuf,
     /// The temporary name is there and ours to remove.
     named: bool,
+    /// Bytes written, and how many of them the kernel was asked to write back.
+    written: u64,
+    written_back: u64,
 }
 
 impl Temp {
@@ -54,7 +61,15 @@ impl Temp {
 
 impl io::Write for Temp {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.file.write(bytes)
+        let len = self.file.write(bytes)?;
+        self.written += len as u64;
+        let waiting = self.written - self.written_back;
+        if waiting >= WRITE_BACK {
+            // It only saves time, so what it says does not matter: `fsync` reports what goes wrong with the bytes.
+            let _ = uapi::writeback::begin(&self.file, self.written_back, waiting);
+            self.written_back = self.written;
+        }
+        Ok(len)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -89,7 +104,7 @@ impl Store {
         let dir = open::directory(&self.root, Path::new("tmp"), &tmp, Doing::Writing)?;
         let name = super::random_hex();
         let path = tmp.join(&name);
-        Ok(Temp { file: open::create(&dir, &name, &path)?, dir, name, path, named: true })
+        Ok(Temp { file: open::create(&dir, &name, &path)?, dir, name, path, named: true, written: 0, written_back: 0 })
     }
 
     /// Gives `temp` its name. When this returns, the file is whole, durable and visible under `name`.

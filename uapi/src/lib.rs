@@ -8,3 +8,4 @@ pub mod mapping;
 pub mod mount;
 pub mod process;
 pub mod ring;
+pub mod writeback;
