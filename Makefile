@@ -30,15 +30,15 @@ demo: ## a real image, pulled the ordinary way and through Slipway, side by side
 	@tools/ci/demo.sh
 
 bench: ## the benchmarks: every figure beside a reference measured in the same run
-	@tools/ci/packages.sh build test demo
+	@tools/ci/packages.sh build test demo bench
 	$(CARGO) build --release --workspace --bins
-	$(CARGO) bench --bench data_path --bench whole
+	$(CARGO) bench --bench data_path --bench whole --bench convert
 
 fuzz: ## every fuzz target for SECONDS_EACH (default 60) seconds
 	@tools/ci/fuzz.sh $(or $(SECONDS_EACH),60)
 
-deps: ## the Debian packages that build, test and demo use
-	@tools/ci/packages.sh build test demo
+deps: ## the Debian packages that build, test, demo and benchmarks use
+	@tools/ci/packages.sh build test demo bench
 
 clean: ## removes what was built here (the caches in ~/.cache/slipway stay)
 	$(CARGO) clean

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Installs the Debian packages that the named purposes (build, test, demo, fuzz) need and that are not there yet.
+# Installs the Debian packages that the named purposes (build, test, demo, bench, fuzz) need and that are not there yet.
 #
 # Asks for what a package gives (a program, a file), not for its name, so that a machine with another vendor's containerd keeps it.
 # Nothing installed is upgraded or removed, and no service is started.
@@ -15,12 +15,13 @@ demo=(
     containerd=containerd runc=runc docker-registry=docker-registry skopeo=skopeo mkfs.ext4=e2fsprogs setpriv=util-linux
     debootstrap=debootstrap pigz=pigz getfattr=attr /usr/lib/python3/dist-packages/pip=python3-pip
 )
+bench=(igzip=isal)
 fuzz=(cc=gcc g++=g++)
 
 PATH=$PATH:/usr/sbin:/sbin
 missing=()
 for purpose in "$@"; do
-    case $purpose in build | test | demo | fuzz) declare -n wanted=$purpose ;; *) echo "packages.sh: no such purpose: $purpose" >&2; exit 2 ;; esac
+    case $purpose in build | test | demo | bench | fuzz) declare -n wanted=$purpose ;; *) echo "packages.sh: no such purpose: $purpose" >&2; exit 2 ;; esac
     for pair in "${wanted[@]}"; do
         gives=${pair%=*} package=${pair##*=}
         case $gives in

@@ -87,6 +87,11 @@ impl Containerd {
         self.snapshotter.name()
     }
 
+    /// The process id of containerd itself.
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
     /// What containerd has logged.
     pub fn log(&self) -> String {
         self.daemon.log()
