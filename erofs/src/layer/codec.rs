@@ -162,8 +162,12 @@ impl<'a> In<'a> {
             if shared > path.len() as u64 {
                 return Err("a path shares more with the one before than that has");
             }
+            let rest = self.bytes()?;
+            if rest.first().is_some_and(|first| path.get(shared as usize) == Some(first)) {
+                return Err("a path shares more with the one before than it says");
+            }
             path.truncate(shared as usize);
-            path.extend_from_slice(self.bytes()?);
+            path.extend_from_slice(rest);
             if path.len() > MAX_PATH {
                 return Err("a path is longer than 32 KiB");
             }
@@ -368,13 +372,22 @@ mod tests {
 
     #[test]
     fn few_bytes_cannot_stand_for_much_memory() {
-        // Every entry is the 32 KiB path before it with its last byte changed: four bytes each.
+        // Every entry is the 32 KiB path before it with its last byte changed: six bytes each.
         let mut bytes = [&b"SLWYTREE\x02\0\0\0\0"[..], &[0x80, 0x20, 0, 0x80, 0x80, 2], &[b'a'; 32768], &[12]].concat();
-        for _ in 1..4096 {
-            bytes.extend([0xff, 0xff, 1, 1, b'b', 12]);
+        for i in 1..4096 {
+            bytes.extend([0xff, 0xff, 1, 1, b'b' + i as u8 % 2, 12]);
         }
         let found = LayerTree::decode(&bytes).expect_err("64 MiB are passed").to_string();
         assert!(found.contains("too long in all"), "{found}");
+    }
+
+    #[test]
+    fn a_path_has_one_form() {
+        let of = |second: &[u8]| [&b"SLWYTREE\x02\0\0\0\0\x02\0\x02ab\x0c"[..], second, &[12]].concat();
+        let paths = |bytes: &[u8]| LayerTree::decode(bytes).map(|tree| tree.entries.iter().map(|e| e.path.clone()).collect::<Vec<_>>());
+        assert_eq!(paths(&of(&[1, 1, b'c'])), Ok(vec![b"ab".to_vec(), b"ac".to_vec()]));
+        let found = paths(&of(&[0, 2, b'a', b'c'])).expect_err("a is shared").to_string();
+        assert!(found.contains("shares more"), "{found}");
     }
 
     proptest! {
