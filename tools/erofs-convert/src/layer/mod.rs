@@ -16,8 +16,9 @@
 //! ACL from it, and a directory that no entry lists has group 0 also when it is made in a set-group-ID directory of its layer. The archive
 //! alone decides.
 //!
-//! Memory: about 2 units for every one of the `3 × threads + threads + 2` units under way, 1.5 MiB of buffers, 70 bytes per distinct chunk,
-//! and the entries themselves (a few hundred bytes each, plus names, attributes and inline data), bounded by [`Budget`].
+//! Memory: about 2 units for every one of the `3 × threads + threads + 2` units under way, 1.5 MiB of buffers, 1 MiB of chunks that are held back,
+//! 70 bytes per distinct chunk (of which 44 stay until the layer is settled), and the entries themselves (a few hundred bytes each, plus names,
+//! attributes and inline data), bounded by [`Budget`].
 
 mod acl;
 mod chunks;
