@@ -253,7 +253,8 @@ impl Shared {
     fn kept(&self, chain: &ChainId) -> Option<Arc<Payload>> {
         let record = self.files.read_record(chain).ok()??;
         match open_record(&record, &self.trust.load_readable().0) {
-            Ok((payload, _)) if payload.chain == *chain && payload.fold_version == FOLD_VERSION => Some(Arc::new(payload)),
+            // Of any fold version: what was folded by another is as good as ever, and more of it is not promised here.
+            Ok((payload, _)) if payload.chain == *chain => Some(Arc::new(payload)),
             Ok(_) => None,
             Err(fault) => {
                 tracing::warn!(%chain, %fault, "the record kept of a chain is not used");
@@ -270,7 +271,7 @@ impl Shared {
         if self.files.has(meta).map_err(disk)? {
             return Ok(Some(local()));
         }
-        if payload.top {
+        if payload.top || payload.fold_version != FOLD_VERSION {
             return Ok(None);
         }
         let _one_at_a_time = lock(&self.folding);
@@ -307,11 +308,13 @@ impl Shared {
 mod tests {
     use std::fs;
 
+    use base64::Engine as _;
     use testbed::{need, require};
     use uapi::mount::{FuseOptions, Unmount, fuse_open, unmount};
 
     use super::*;
     use crate::store::Name;
+    use crate::store::record::sign;
     use crate::store::sample::{Sample, layers, metadata, payloads};
 
     /// Longer than anything here takes: reaching it is a failure.
@@ -362,6 +365,51 @@ mod tests {
         // With the key, trust goes too.
         fs::remove_file(&sample.trust_files().0[0]).unwrap();
         assert!(catalog(&sample).local(&chains[1]).is_err());
+    }
+
+    /// What was committed by an earlier version has to be mounted by a later one, or pods that ran before a reboot do not start after it.
+    #[test]
+    fn a_record_that_an_earlier_version_kept_is_still_used() {
+        let sample = Sample::new();
+        let payloads = sample.publish_without_framings(&layers("a", 2));
+        let first = catalog(&sample);
+        for payload in &payloads {
+            assert!(first.known(&payload.chain, patient()).is_some());
+            first.local(&payload.chain).unwrap();
+        }
+        drop(first);
+        let records = || fs::read_dir(state(&sample).join("records")).unwrap().map(|file| file.unwrap().path());
+        for record in records() {
+            let envelope: serde_json::Value = serde_json::from_slice(&fs::read(&record).unwrap()).unwrap();
+            let payload = base64::engine::general_purpose::STANDARD.decode(envelope["payload"].as_str().unwrap()).unwrap();
+            assert!(!String::from_utf8(payload).unwrap().contains("framings"), "it is an old one");
+        }
+        fs::remove_dir_all(sample.store.dir()).unwrap();
+        let later = catalog(&sample);
+        for payload in &payloads {
+            assert_eq!(later.local(&payload.chain).unwrap().digest, payload.metadata);
+        }
+    }
+
+    #[test]
+    fn what_another_fold_gave_is_still_used_while_it_is_here() {
+        let sample = Sample::new();
+        let payloads = sample.publish(&layers("a", 2));
+        let first = catalog(&sample);
+        for payload in &payloads {
+            first.local(&payload.chain).unwrap();
+        }
+        drop(first);
+        fs::remove_dir_all(sample.store.dir()).unwrap();
+        let files = LocalFiles::new(state(&sample));
+        let others: Vec<Payload> = payloads.into_iter().map(|payload| Payload { fold_version: FOLD_VERSION - 1, ..payload }).collect();
+        for other in &others {
+            files.put_record(&other.chain, &sign(&other.encode(), &sample.key)).unwrap();
+            assert_eq!(catalog(&sample).local(&other.chain).unwrap().digest, other.metadata);
+        }
+        // But a prefix is not folded anew by a fold that gives something else.
+        fs::remove_file(state(&sample).join(format!("meta/{}.erofs", others[0].metadata))).unwrap();
+        assert!(matches!(catalog(&sample).local(&others[0].chain), Err(CatalogError::Store { .. })));
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! | `parent` | chain ID of layers 1..=n-1, `null` for a first layer |
 //! | `diff_ids` | diff IDs of the layers, bottom first |
 //! | `trees` | digests of the layer trees, bottom first; none if it stands for another chain |
-//! | `framings` | digests of the layers' framings, bottom first; none if it stands for another chain |
+//! | `framings` | digests of the layers' framings, bottom first; none if it stands for another chain, or was written before there were any |
 //! | `metadata` | digest of the metadata image |
 //! | `fold_version` | version of the fold that gave it |
 //! | `packs` | `{"digest", "blocks", "unit_bits"}` of each pack, in device order |
@@ -56,8 +56,9 @@ pub struct Payload {
     /// Layer trees, bottom first, one per layer; none with [`Payload::stands_for`].
     #[serde(with = "text::many")]
     pub trees: Vec<Digest>,
-    /// Framings of the layers, bottom first, one for each of [`Payload::trees`]. Nodes have no use for them.
-    #[serde(with = "text::many")]
+    /// Framings of the layers, bottom first, one for each of [`Payload::trees`]; or none, in records of programs that made none. Nodes have no
+    /// use for them, and must go on using such records: what they committed by one stays committed.
+    #[serde(default, with = "text::many")]
     pub framings: Vec<Digest>,
     /// Digest of the metadata image that folding the trees gives.
     #[serde(with = "text::one")]
@@ -185,7 +186,7 @@ impl Payload {
             Some(other) if other == payload.chain => return malformed("it stands for itself"),
             _ => {}
         }
-        if payload.framings.len() != payload.trees.len() {
+        if !payload.framings.is_empty() && payload.framings.len() != payload.trees.len() {
             return malformed("it has not one framing for each tree");
         }
         if payload.packs.len() > MAX_PACKS {
@@ -203,7 +204,7 @@ impl Payload {
         if self.top { [Name::Meta(self.metadata)].into_iter().chain(packs).collect() } else { self.tree_names().chain(packs).collect() }
     }
 
-    /// Every layer with its files, bottom first.
+    /// Every layer with its files, bottom first. None if the record has no framings: such layers are of no use to a conversion.
     pub fn layers(&self) -> impl Iterator<Item = (DiffId, LayerFiles)> {
         let files = self.trees.iter().zip(&self.framings).map(|(&tree, &framing)| LayerFiles { tree, framing });
         self.diff_ids.iter().copied().zip(files)
@@ -216,7 +217,7 @@ impl Payload {
 }
 
 /// The record file of `payload`.
-fn sign(payload: &[u8], key: &SigningKey) -> Vec<u8> {
+pub(crate) fn sign(payload: &[u8], key: &SigningKey) -> Vec<u8> {
     let envelope = Envelope { payload: STANDARD.encode(payload), key: key.public().id(), signature: STANDARD.encode(key.sign(payload)) };
     let mut bytes = serde_json::to_vec(&envelope).expect("a struct of strings is JSON");
     bytes.push(b'\n');
@@ -479,19 +480,13 @@ mod tests {
         }
     }
 
-    /// As they were before layers had framings.
     #[test]
-    fn a_record_without_framings_is_a_miss_and_no_error() {
+    fn a_record_from_before_there_were_framings_is_good_for_nodes_and_names_no_layers() {
         let sample = Sample::new();
-        let payload = sample.publish(&layers("a", 1)).remove(0);
-        let text = String::from_utf8(payload.encode()).unwrap();
-        let old = text.replace(&format!("\"framings\":[\"{}\"],", payload.framings[0]), "");
-        assert_ne!(old, text);
-        let records = sample.store.dir().join(layout::records_of(&payload.chain));
-        fs::remove_dir_all(&records).unwrap();
-        fs::create_dir(&records).unwrap();
-        fs::write(records.join(format!("{}.json", Digest::of(old.as_bytes()))), sign(old.as_bytes(), &sample.key)).unwrap();
-        assert_eq!(sample.store.find(&payload.chain, &sample.trust()).unwrap(), None);
+        let old = sample.publish_without_framings(&layers("a", 2)).pop().unwrap();
+        let found = sample.store.find(&old.chain, &sample.trust()).unwrap();
+        assert_eq!(found.as_ref(), Some(&old));
+        assert_eq!((old.trees.len(), old.framings.len(), old.layers().count()), (2, 0, 0));
     }
 
     #[test]

@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
+use erofs::digest::Digest;
 use ground::{Ground, everything, files_below, noise};
+use slipway::store::{Name, Payload, SigningKey, Store, Trust};
 use testbed::{Compression, Entry, Image, Layer};
 
 #[test]
@@ -91,6 +93,29 @@ fn the_same_image_gives_the_same_bytes_whoever_converts_it() {
             assert!(fs::read(one.store().join(dir).join(&name)).unwrap() == fs::read(two.store().join(dir).join(&name)).unwrap(), "{name:?}");
         }
     }
+}
+
+/// Records of programs that wrote no framings: their layers cannot be exported, so they are not reused.
+#[test]
+fn layers_without_framings_are_converted_anew() {
+    let ground = Ground::new("no-framings");
+    let layer = |number| Layer::new([Entry::file("file", noise(number, 300_000))]);
+    ground.layout.add("1", &Image::new().layer(&layer(1), Compression::Gzip).layer(&layer(2), Compression::Gzip)).unwrap();
+    let done = ground.convert("oci:img:1");
+    let key = SigningKey::load_or_create(&ground.scratch.join("state/key.pem")).unwrap();
+    let (store, trust) = (Store::open(&ground.store()).unwrap(), Trust(vec![key.public()]));
+    for chain in files_below(&ground.store().join("chains")) {
+        let chain = chain.parent().unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap();
+        let payload = store.find(&chain, &trust).unwrap().unwrap();
+        fs::remove_dir_all(ground.store().join(Name::Record { chain, digest: Digest::of(b"") }.path()).parent().unwrap()).unwrap();
+        store.put_record(&Payload { framings: Vec::new(), ..payload }, &key).unwrap();
+    }
+    fs::remove_file(ground.scratch.join("state/journal")).unwrap();
+    let again = ground.convert("oci:img:1");
+    for number in 0..2 {
+        assert_eq!((&again["layers"][number]["reused"], &again["layers"][number]["tree"]), (&false.into(), &done["layers"][number]["tree"]));
+    }
+    assert!(ground.convert("oci:img:1")["layers"].as_array().unwrap().iter().all(|layer| layer["reused"] == true));
 }
 
 #[test]

@@ -24,9 +24,9 @@ pub(super) fn find(
     image: &SourceImage,
 ) -> Result<HashMap<DiffId, Finished>, Failure> {
     let mut finished = HashMap::new();
-    // The highest chain with a record names the trees of every layer below.
+    // The highest chain with a record names the files of every layer below, unless the record is from before there were framings.
     for top in (0..image.layers.len()).rev() {
-        let Some(found) = store.find(&image.layers[top].chain_id, trust)? else { continue };
+        let Some(found) = store.find(&image.layers[top].chain_id, trust)?.filter(|found| !found.framings.is_empty()) else { continue };
         for (diff_id, files) in found.layers() {
             add(store, &mut finished, diff_id, files)?;
         }
