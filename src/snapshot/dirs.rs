@@ -72,6 +72,13 @@ impl Dirs {
         above.map_or(Ok(()), |above| self.set_owner(id, &self.layout.upper(above)))
     }
 
+    /// Whether the content of `id` is a file of this name and nothing else.
+    pub fn holds_only(&self, id: SnapshotId, name: &str) -> io::Result<bool> {
+        let mut entries = fs::read_dir(self.layout.upper(id))?;
+        let (Some(only), None) = (entries.next().transpose()?, entries.next()) else { return Ok(false) };
+        Ok(only.file_name() == name && only.file_type()?.is_file())
+    }
+
     /// Gives the root of `id` the owner and group that `like` has.
     pub fn set_owner(&self, id: SnapshotId, like: &Path) -> io::Result<()> {
         let like = fs::metadata(like)?;
@@ -175,6 +182,25 @@ mod tests {
         assert!(!dirs.layout.work(SnapshotId(2)).exists());
         assert_eq!(mode(dirs.layout.snapshots()), 0o700);
         assert_eq!(mode(dirs.layout.empty()), 0o755);
+    }
+
+    #[test]
+    fn a_lone_file_is_told_from_everything_else() {
+        let state = tempfile::tempdir().expect("a temporary directory");
+        let dirs = open(state.path());
+        dirs.make(Kind::Active, SnapshotId(1), None).expect("made");
+        let (upper, lone) = (dirs.layout.upper(SnapshotId(1)), || dirs.holds_only(SnapshotId(1), "name").expect("read"));
+        assert!(!lone(), "nothing");
+        fs::create_dir(upper.join("name")).expect("made");
+        assert!(!lone(), "a directory");
+        fs::remove_dir(upper.join("name")).expect("removed");
+        fs::write(upper.join("other"), "x").expect("written");
+        assert!(!lone(), "another file");
+        fs::write(upper.join("name"), "x").expect("written");
+        assert!(!lone(), "one of two");
+        fs::remove_file(upper.join("other")).expect("removed");
+        assert!(lone());
+        assert!(dirs.holds_only(SnapshotId(2), "name").is_err(), "no such snapshot");
     }
 
     #[test]

@@ -36,11 +36,15 @@ pub const TARGET_REF: &str = "containerd.io/snapshot.ref";
 /// Such a layer holds no files, just the metadata image; unpacked plainly it is a root file system without any program. That is what a node
 /// without Slipway gets: the pull succeeds there, and every container fails before it runs, since its program is not found. Here a miss would
 /// leave the same behind for ever, as containerd never asks again for a layer that it has; so the pull fails instead, with a message that says
-/// why, and whoever pulls again (the kubelet does by itself) has it once the store does. This is the exception to invariant 4.
+/// why, and whoever pulls again (the kubelet does by itself) has it once the store does. This is the exception to invariant 4. Not every pull
+/// hands on labels (`ctr images pull` of containerd 1 does not), so what was unpacked is looked at before it is committed: [`COMPACT_FILE`].
 ///
 /// Nobody believes the label, which an image's author can write as they like: which image a chain has is for signed records to say, and the
 /// compact image's own chain has one. All that the label can do is make the pull of its own image fail, and only where that chain is a miss.
 pub const COMPACT_CHAIN: &str = "containerd.io/snapshot/slipway.chain";
+
+/// The only file of a compact image's layer, in its root. Nobody can run or change it.
+pub const COMPACT_FILE: &str = "slipway-metadata.erofs";
 
 /// Label by which `slipwayd mount` asks for the image of a chain, as [`TARGET_REF`] does for a pull. What is committed then has a name of its own
 /// and no [`TARGET_REF`], so that containerd never takes it for its own and it can go with the last view.

@@ -15,7 +15,7 @@ use super::ledger::{Kind, Ledger, LedgerError, Lineage, NewSnapshot, Row, Snapsh
 use super::lowers::{LowerError, LowerImages, Lowers};
 use super::mounts::Layout;
 use super::proto::Mount;
-use super::{COMPACT_CHAIN, SnapshotError, TARGET_REF, VIEW_REF, check_state_path, usage, view_base};
+use super::{COMPACT_CHAIN, COMPACT_FILE, SnapshotError, TARGET_REF, VIEW_REF, check_state_path, usage, view_base};
 use crate::metrics::Metrics;
 use crate::oci::{ChainId, Sha256};
 
@@ -47,6 +47,14 @@ pub enum RequestError {
         chain: String,
         /// What the layer says it stands for, fit to be shown.
         stands_for: String,
+    },
+    /// The same, unpacked because whoever pulls it did not say which chain it is.
+    #[error(
+        "{name:?} is the layer of a compact image, which holds no files but stands for another image's; it was pulled without the labels by which Slipway finds that: pull it the way Kubernetes does (crictl pull; ctr images pull of containerd 2 without --local), or use the image it was made from, or a portable target of that"
+    )]
+    CompactUnpacked {
+        /// What it was to be committed as.
+        name: String,
     },
     /// The image below is not mounted.
     #[error(transparent)]
@@ -203,6 +211,7 @@ impl Snapshots {
         let held = self
             .blocking(move |this| {
                 let row = this.ledger.get(&key)?;
+                this.refuse_unpacked_compact(&key, &row, &name)?;
                 let usage = this.measure(&key, &row)?;
                 // Outside the ledger's transaction: other requests need not wait for this disk.
                 if row.kind == Kind::Active {
@@ -212,6 +221,21 @@ impl Snapshots {
             })
             .await?;
         held.into_iter().for_each(|chain| self.lowers.release_if_unused(chain));
+        Ok(())
+    }
+
+    /// Fails if what is to be committed is a first layer that holds what a compact image's does: see [`COMPACT_CHAIN`]. Once committed it would stay
+    /// for ever, and later pulls with labels would find it there.
+    fn refuse_unpacked_compact(&self, key: &str, row: &Row, name: &str) -> Result<(), RequestError> {
+        if row.kind != Kind::Active || !row.parent.is_empty() {
+            return Ok(());
+        }
+        let only = self.dirs.holds_only(row.id, COMPACT_FILE);
+        if only.map_err(|source| RequestError::Directory { key: key.to_owned(), source })? {
+            let refusal = RequestError::CompactUnpacked { name: name.to_owned() };
+            tracing::warn!(reason = %refusal, "no plain layer of a compact image");
+            return Err(refusal);
+        }
         Ok(())
     }
 

@@ -115,7 +115,7 @@ impl From<RequestError> for Status {
     fn from(error: RequestError) -> Status {
         let code = match &error {
             RequestError::Available { .. } => Code::AlreadyExists,
-            RequestError::Lower(_) | RequestError::Compact { .. } => Code::Unavailable,
+            RequestError::Lower(_) | RequestError::Compact { .. } | RequestError::CompactUnpacked { .. } => Code::Unavailable,
             RequestError::Directory { .. } => Code::Internal,
             RequestError::Ledger(error) => match error {
                 LedgerError::NotFound { .. } => Code::NotFound,

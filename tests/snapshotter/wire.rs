@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use slipway::metrics::Metrics;
 use slipway::snapshot::proto::Kind;
-use slipway::snapshot::{COMPACT_CHAIN, Snapshots};
+use slipway::snapshot::{COMPACT_CHAIN, COMPACT_FILE, Snapshots};
 use tonic::Code;
 
 use crate::client::{Server, option, target_label};
@@ -100,6 +100,28 @@ async fn a_compact_images_layer_is_never_unpacked() {
     let odd = HashMap::from([(COMPACT_CHAIN.to_owned(), format!("\u{1b}[2J\n{}", "x".repeat(5000)))]);
     let status = server.client.prepare_raw("extract", "", odd).await.expect_err("a pull that fails");
     assert!(status.message().len() < 500 && !status.message().contains(char::is_control), "{:?}", status.message());
+}
+
+/// A pull without labels unpacks the layer, and what is committed once is never asked for again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compact_images_layer_pulled_without_labels_is_not_committed() {
+    let (server, dir) = Server::new().await;
+    let name = chain(1).oci();
+    let unpack = async |key: &str, parent: &str, name: &str, files: &[&str]| {
+        let mounts = server.client.prepare(key, parent).await.expect("mounts");
+        let upper = option(&mounts, "upperdir").map_or(mounts[0].source.clone(), str::to_owned);
+        files.iter().for_each(|file| std::fs::write(Path::new(&upper).join(file), "x").expect("written"));
+        server.client.commit(name, key, HashMap::new()).await
+    };
+    assert_eq!(unpack("extract", "", &name, &[COMPACT_FILE]).await, Err(Code::Unavailable));
+    assert_eq!(server.client.stat(&name).await.map(drop), Err(Code::NotFound), "nothing is committed");
+    server.client.remove("extract").await.expect("it goes as after any other failure");
+    // A pull with labels finds the image then.
+    know(&server, dir.path(), [1]);
+    assert_eq!(pull(&server, 1, 1).await, server.client.target("", &name).await.expect("found"));
+    // What only looks like it is somebody's image.
+    assert_eq!(unpack("more", "", &name, &[COMPACT_FILE, "more"]).await, Ok(()));
+    assert_eq!(unpack("above", &name, &chain(2).oci(), &[COMPACT_FILE]).await, Ok(()));
 }
 
 #[tokio::test(flavor = "multi_thread")]

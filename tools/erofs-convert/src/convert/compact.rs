@@ -13,15 +13,13 @@ use erofs::layer::LayerTree;
 use flate2::{Compression, GzBuilder};
 use serde_json::{Value, json};
 use slipway::oci::{ChainId, DiffId, OciError, Sha256, Source, SourceImage};
-use slipway::snapshot::COMPACT_CHAIN;
+use slipway::snapshot::{COMPACT_CHAIN, COMPACT_FILE};
 use slipway::store::{Payload, SigningKey, Store};
 
 use super::lone_file;
 use super::target::{self, Documents};
 use crate::failure::Failure;
 
-/// The only file of a compact image's layer. Nobody can run or change it.
-const FILE: &str = "slipway-metadata.erofs";
 /// Annotation of a compact image's layer: the digest of the metadata image in it.
 const METADATA: &str = "containerd.io/snapshot/slipway.metadata";
 /// What the operating system of a gzip file's maker is when nobody shall know (RFC 1952, 2.3.1).
@@ -43,7 +41,7 @@ pub(super) struct CompactLayer {
 impl CompactLayer {
     /// The layer of a compact image of `top`'s, whose metadata image these bytes are.
     fn new(top: &Payload, metadata: &[u8]) -> CompactLayer {
-        let archive = lone_file::archive(FILE.as_bytes(), 0o444, metadata);
+        let archive = lone_file::archive(COMPACT_FILE.as_bytes(), 0o444, metadata);
         let header = GzBuilder::new().mtime(0).operating_system(UNKNOWN_SYSTEM);
         let mut packed = header.write(Vec::new(), Compression::default());
         // At once: where pieces end may change what comes of them.
@@ -122,7 +120,7 @@ pub(crate) fn refuse(image: &SourceImage) -> Result<(), Failure> {
 /// Fails if a layer of the image is a compact image's, whatever the image says: besides being of no use, it would give that layer's chain a
 /// record of a single file, and nodes could take either for it.
 pub(super) fn refuse_layers<'a>(image: &SourceImage, trees: impl IntoIterator<Item = &'a LayerTree>) -> Result<(), Failure> {
-    let is_compact_layer = |tree: &LayerTree| matches!(&tree.entries[..], [only] if only.path == FILE.as_bytes());
+    let is_compact_layer = |tree: &LayerTree| matches!(&tree.entries[..], [only] if only.path == COMPACT_FILE.as_bytes());
     if trees.into_iter().any(is_compact_layer) { Err(is_compact(image, &target::original(image)?)) } else { Ok(()) }
 }
 
@@ -189,7 +187,7 @@ mod tests {
         let field = |at: usize, len: usize| std::str::from_utf8(&archive[at..at + len]).unwrap().trim_end_matches('\0').to_owned();
         assert_eq!(
             (field(0, 100), field(100, 8), field(108, 8), field(116, 8), field(136, 12), field(156, 1)),
-            (FILE.into(), "0000444".into(), "0000000".into(), "0000000".into(), "00000000000".into(), "0".into())
+            (COMPACT_FILE.into(), "0000444".into(), "0000000".into(), "0000000".into(), "00000000000".into(), "0".into())
         );
         assert_eq!((&archive[512..520], &archive[1024..]), (&b"metadata"[..], &[0; 1024][..]));
         assert_ne!(CompactLayer::new(&top(), b"other").diff_id, layer.diff_id);
@@ -247,8 +245,8 @@ mod tests {
         let tree = |paths: &[&str]| LayerTree::new(Vec::new(), paths.iter().map(|path| file(path)).collect()).unwrap();
         let plain = image(&json!({"layers": [{"annotations": {"a": "1"}}, {}]}), &json!({}));
         assert!(refuse(&plain).is_ok());
-        assert!(refuse_layers(&plain, [&tree(&["a"]), &tree(&[FILE, "a"]), &tree(&[])]).is_ok());
-        let text = refuse_layers(&plain, [&tree(&["a"]), &tree(&[FILE])]).unwrap_err().report();
+        assert!(refuse_layers(&plain, [&tree(&["a"]), &tree(&[COMPACT_FILE, "a"]), &tree(&[])]).is_ok());
+        let text = refuse_layers(&plain, [&tree(&["a"]), &tree(&[COMPACT_FILE])]).unwrap_err().report();
         assert!(text.contains("example.com/team/app:1") && text.contains("convert the image it was made from"), "{text}");
         let says = |document: Value| refuse(&image(&document, &json!({}))).unwrap_err().report();
         let layers = json!([{}, {"annotations": {COMPACT_CHAIN: "x"}}]);
