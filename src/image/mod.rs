@@ -16,7 +16,7 @@ pub mod wrong;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use erofs::digest::Digest;
 
@@ -28,10 +28,6 @@ use crate::serve::Engine;
 use catalog::{Catalog, CatalogError};
 use mounts::{Generation, MountDir, Mounted};
 use release::Cleaner;
-
-/// Invariant 3: how long the question "is this chain there?" may take. A pull asks it once per layer, one after the other, so it is felt; a
-/// store on a network answers in milliseconds.
-const KNOWN_DEADLINE: Duration = Duration::from_millis(300);
 
 /// Why a chain could not be mounted. Variants are what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +60,20 @@ pub enum ImageMountError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+/// Why the image of a chain cannot be promised.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotKnown {
+    /// No way of mounting works on this machine, whatever the store has.
+    #[error("no way into the kernel works on this node ({reasons})")]
+    NoWay {
+        /// For each way why not.
+        reasons: String,
+    },
+    /// The store does not have it, or did not say so in time.
+    #[error("it is not in the store, or the store did not answer in time")]
+    Missed,
 }
 
 /// How images can be mounted on this machine.
@@ -137,10 +147,13 @@ impl Images {
     }
 
     /// Whether a snapshot of this chain may be committed without its layers: its metadata (or, for a prefix, its layer trees) are local and
-    /// verified, and this machine can mount it. Answers within 300 ms: a store that takes longer is a "no" (invariant 3), and the fetch goes
+    /// verified, and this machine can mount it. Answers by `deadline`: a store that takes longer is a "no" (invariant 3), and the fetch goes
     /// on for the next time.
-    pub fn known(&self, chain: &ChainId) -> bool {
-        !self.shared.ways.lazy.is_empty() && self.shared.catalog.known(chain, Instant::now() + KNOWN_DEADLINE).is_some()
+    pub fn known(&self, chain: &ChainId, deadline: Instant) -> Result<(), NotKnown> {
+        if self.shared.ways.lazy.is_empty() {
+            return Err(NotKnown::NoWay { reasons: self.shared.ways.reasons() });
+        }
+        self.shared.catalog.known(chain, deadline).map(drop).ok_or(NotKnown::Missed)
     }
 
     /// Mounts the chain's file system read-only, unless it is mounted already, and gives the directory it is mounted at: an overlay lower

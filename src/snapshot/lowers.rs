@@ -9,15 +9,23 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::{OwnedMutexGuard, Semaphore};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout_at};
 
 use super::ledger::Ledger;
-use crate::image::Images;
+use crate::image::{Images, NotKnown};
 use crate::oci::ChainId;
 
-/// [`LowerImages::known`] keeps its own, shorter deadline; this one is for a thread that does not come to run at all.
-const KNOWN_DEADLINE: Duration = Duration::from_millis(500);
+/// Invariant 3: how long the question "is this chain there?" may take. A pull asks it once per layer, one after the other, so it is felt; a
+/// store on a network answers in milliseconds, and what takes longer is a plain pull.
+const KNOWN_DEADLINE: Duration = Duration::from_millis(300);
+/// The same where a miss is a failed pull. The first look of a cold node has a share to mount, names to look up and a metadata image of perhaps
+/// some hundred MB to read, which takes seconds; a pull has no deadline so short, and who waits here in vain tries again.
+const PATIENT_DEADLINE: Duration = Duration::from_secs(20);
+/// After these, for a thread that does not come to run at all.
+const GRACE: Duration = Duration::from_millis(200);
+/// Patient questions at the same time. Of the same threads as [`MOUNTS_AT_ONCE`]; the catalog asks the store by few threads of its own.
+const PATIENT_AT_ONCE: usize = 64;
 /// A container start waits this long for its image to be mounted. Kubelet gives a whole request 2 minutes (`--runtime-request-timeout`).
 const MOUNT_DEADLINE: Duration = Duration::from_secs(60);
 /// Mounts that may hang at the same time. The runtime has 512 threads for blocking work, so the ledger's work always finds one.
@@ -26,8 +34,8 @@ const MOUNTS_AT_ONCE: usize = 64;
 /// Images that can be mounted: all that the snapshotter knows of [`Images`]. Every method may block. A trait because one race, a removal
 /// between two steps of another request, is tested by holding a stand-in still at that step; everything else is tested with [`Images`].
 pub trait LowerImages: Send + Sync + 'static {
-    /// Whether the image of `chain` can be mounted from now on, whatever happens to the store. Answers within 300 ms; no answer is a no.
-    fn known(&self, chain: &ChainId) -> bool;
+    /// Whether the image of `chain` can be mounted from now on, whatever happens to the store. Answers by `deadline`; no answer is a no.
+    fn known(&self, chain: &ChainId, deadline: std::time::Instant) -> Result<(), NotKnown>;
     /// Mounts the image and returns where; the same place again while it is mounted.
     fn mount(&self, chain: &ChainId) -> Result<PathBuf, Box<dyn Error + Send + Sync>>;
     /// The last user of the image's mount is gone.
@@ -37,8 +45,8 @@ pub trait LowerImages: Send + Sync + 'static {
 }
 
 impl LowerImages for Images {
-    fn known(&self, chain: &ChainId) -> bool {
-        Images::known(self, chain)
+    fn known(&self, chain: &ChainId, deadline: std::time::Instant) -> Result<(), NotKnown> {
+        Images::known(self, chain, deadline)
     }
 
     fn mount(&self, chain: &ChainId) -> Result<PathBuf, Box<dyn Error + Send + Sync>> {
@@ -80,19 +88,40 @@ pub struct Lowers {
     ledger: Arc<Ledger>,
     turns: Mutex<HashMap<ChainId, Arc<tokio::sync::Mutex<()>>>>,
     slots: Arc<Semaphore>,
+    patient: Arc<Semaphore>,
 }
 
 impl Lowers {
     /// `ledger` says who uses what.
     pub fn new(images: Arc<dyn LowerImages>, ledger: Arc<Ledger>) -> Lowers {
-        Lowers { images, ledger, turns: Mutex::default(), slots: Arc::new(Semaphore::new(MOUNTS_AT_ONCE)) }
+        let [slots, patient] = [MOUNTS_AT_ONCE, PATIENT_AT_ONCE].map(|many| Arc::new(Semaphore::new(many)));
+        Lowers { images, ledger, turns: Mutex::default(), slots, patient }
     }
 
     /// Whether a lazy snapshot of `chain` may be committed. Anything but a clear yes is a no (invariant 4).
-    pub async fn known(&self, chain: ChainId) -> bool {
+    pub async fn known(&self, chain: ChainId) -> Result<(), NotKnown> {
+        self.ask(chain, Instant::now() + KNOWN_DEADLINE, None).await
+    }
+
+    /// The same, for who has no plain pull to turn to.
+    pub async fn known_in_patience(&self, chain: ChainId) -> Result<(), NotKnown> {
+        let deadline = Instant::now() + PATIENT_DEADLINE;
+        match timeout_at(deadline, self.patient.clone().acquire_owned()).await {
+            Ok(Ok(slot)) => self.ask(chain, deadline, Some(slot)).await,
+            _ => Err(NotKnown::Missed),
+        }
+    }
+
+    async fn ask(&self, chain: ChainId, deadline: Instant, slot: Option<OwnedSemaphorePermit>) -> Result<(), NotKnown> {
         let images = self.images.clone();
-        let answer = tokio::task::spawn_blocking(move || images.known(&chain));
-        matches!(timeout(KNOWN_DEADLINE, answer).await, Ok(Ok(true)))
+        let answer = tokio::task::spawn_blocking(move || {
+            let _held_until_done = slot;
+            images.known(&chain, deadline.into_std())
+        });
+        match timeout_at(deadline + GRACE, answer).await {
+            Ok(Ok(answer)) => answer,
+            _ => Err(NotKnown::Missed),
+        }
     }
 
     /// Mounts the image of `chain` for a snapshot that is in the ledger already, so that it counts as a user.

@@ -16,6 +16,7 @@ use super::lowers::{LowerError, LowerImages, Lowers};
 use super::mounts::Layout;
 use super::proto::Mount;
 use super::{COMPACT_CHAIN, COMPACT_FILE, SnapshotError, TARGET_REF, VIEW_REF, check_state_path, usage, view_base};
+use crate::image::NotKnown;
 use crate::metrics::Metrics;
 use crate::oci::{ChainId, Sha256};
 
@@ -40,9 +41,12 @@ pub enum RequestError {
     },
     /// A compact image's layer, which is of no use unpacked.
     #[error(
-        "{chain} is not in the store, or the store did not answer in time; it is the layer of a compact image, which holds no files but stands for those of chain {stands_for}: check this node's store and trusted keys and convert the image again, or use the image it was made from, or a portable target of that"
+        "{chain} cannot start lazily: {why}; it is the layer of a compact image, which holds no files but stands for those of chain {stands_for}: {}, or use the image it was made from, or a portable target of that",
+        remedy(.why)
     )]
     Compact {
+        /// Why it was not found.
+        why: NotKnown,
         /// What was asked for.
         chain: String,
         /// What the layer says it stands for, fit to be shown.
@@ -110,8 +114,8 @@ impl Snapshots {
     /// Prepare and View: adds a snapshot and returns its mounts, or commits a lazy one and says so.
     pub async fn create(&self, new: NewSnapshot) -> Result<Vec<Mount>, RequestError> {
         if new.kind == Kind::Active {
-            self.commit_lazily(&new).await?;
-            refuse_compact(&new.labels)?;
+            let why = self.commit_lazily(&new).await?;
+            refuse_compact(&new.labels, why)?;
         }
         let (kind, key) = (new.kind, new.key.clone());
         let make =
@@ -136,18 +140,20 @@ impl Snapshots {
         }
     }
 
-    /// The handshake of a pull. Ok means: go on as for a plain image (invariant 4), unless [`refuse_compact`] says no.
-    async fn commit_lazily(&self, new: &NewSnapshot) -> Result<(), RequestError> {
+    /// The handshake of a pull. Ok says why to go on as for a plain image (invariant 4), unless [`refuse_compact`] says no.
+    async fn commit_lazily(&self, new: &NewSnapshot) -> Result<NotKnown, RequestError> {
         let chain_in = |label| new.labels.get(label).and_then(|text| text.parse::<ChainId>().ok());
         let (chain, name) = match (chain_in(TARGET_REF), chain_in(VIEW_REF)) {
             (Some(chain), _) => (chain, lazy_name(&chain, &new.parent)),
             (None, Some(chain)) => (chain, view_base(&chain)),
-            (None, None) => return Ok(()),
+            (None, None) => return Ok(NotKnown::Missed),
         };
-        if !self.lowers.known(chain).await {
+        let is_compact = new.labels.contains_key(COMPACT_CHAIN);
+        let known = if is_compact { self.lowers.known_in_patience(chain).await } else { self.lowers.known(chain).await };
+        if let Err(why) = known {
             self.metrics.chains_missed.bump();
-            tracing::info!(%chain, "chain is not in the store: plain pull");
-            return Ok(());
+            tracing::info!(%chain, reason = %why, "plain pull");
+            return Ok(why);
         }
         let NewSnapshot { parent, labels, .. } = new.clone();
         let committed = {
@@ -157,10 +163,12 @@ impl Snapshots {
         match committed {
             Ok(()) => tracing::info!(%chain, %name, "chain is in the store: nothing to pull"),
             Err(LedgerError::AlreadyExists { .. }) => {}
+            // Which no plain pull could make up for.
+            Err(error) if is_compact => return Err(error.into()),
             Err(error) => {
                 self.metrics.chains_missed.bump();
                 tracing::warn!(%chain, %error, "no lazy snapshot: plain pull");
-                return Ok(());
+                return Ok(NotKnown::Missed);
             }
         }
         self.metrics.chains_hit.bump();
@@ -306,14 +314,22 @@ impl Snapshots {
 }
 
 /// Fails if what nothing lazy was found for is the layer of a compact image: see [`COMPACT_CHAIN`] for why invariant 4 does not hold there.
-fn refuse_compact(labels: &BTreeMap<String, String>) -> Result<(), RequestError> {
+fn refuse_compact(labels: &BTreeMap<String, String>, why: NotKnown) -> Result<(), RequestError> {
     let Some(stands_for) = labels.get(COMPACT_CHAIN) else { return Ok(()) };
     let chain = labels.get(TARGET_REF).and_then(|text| text.parse::<ChainId>().ok());
     let chain = chain.map_or_else(|| "this layer".to_owned(), |chain| format!("chain {chain}"));
     let stands_for: String = stands_for.chars().filter(|c| c.is_ascii_graphic()).take(MAX_SHOWN).collect();
-    let refusal = RequestError::Compact { chain, stands_for };
+    let refusal = RequestError::Compact { why, chain, stands_for };
     tracing::warn!(reason = %refusal, "no plain pull of a compact image");
     Err(refusal)
+}
+
+/// What to do about it when nobody can pull plainly.
+fn remedy(why: &NotKnown) -> &'static str {
+    match why {
+        NotKnown::NoWay { .. } => "see to the kernel and the configuration of this node",
+        NotKnown::Missed => "check this node's store and trusted keys and convert the image again",
+    }
 }
 
 /// Only active snapshots and views have mounts.
@@ -358,8 +374,8 @@ mod tests {
     struct Told(Mutex<Sender<&'static str>>);
 
     impl LowerImages for Told {
-        fn known(&self, _: &ChainId) -> bool {
-            true
+        fn known(&self, _: &ChainId, _: std::time::Instant) -> Result<(), NotKnown> {
+            Ok(())
         }
 
         fn mount(&self, _: &ChainId) -> Result<PathBuf, Box<dyn Error + Send + Sync>> {

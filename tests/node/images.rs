@@ -4,7 +4,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use slipway::image::catalog::Catalog;
 use slipway::image::mounts::MountDir;
@@ -132,7 +132,7 @@ fn an_image_is_mounted_once_however_many_ask() {
     require_kernel!();
     let world = World::new("images-once");
     let worker = world.worker();
-    assert!(wait_until("the chain is known", PATIENCE, || Ok(worker.images.known(&world.chain).then_some(()))).is_ok());
+    assert!(wait_until("the chain is known", PATIENCE, || Ok(worker.images.known(&world.chain, Instant::now() + PATIENCE).ok())).is_ok());
     let paths: Vec<PathBuf> = std::thread::scope(|scope| {
         let asks: Vec<_> = (0..8).map(|_| scope.spawn(|| worker.images.mount(&world.chain).expect("mounted"))).collect();
         asks.into_iter().map(|ask| ask.join().expect("no panic")).collect()

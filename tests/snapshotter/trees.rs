@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use slipway::image::NotKnown;
 use slipway::oci::{ChainId, Sha256};
 use slipway::snapshot::LowerImages;
 
@@ -115,9 +116,13 @@ impl Trees {
 }
 
 impl LowerImages for Trees {
-    fn known(&self, chain: &ChainId) -> bool {
+    fn known(&self, chain: &ChainId, _: Instant) -> Result<(), NotKnown> {
         let state = self.note(Call::Known(*chain));
-        self.wait_while_hanging(state).trees.contains_key(chain)
+        let state = self.wait_while_hanging(state);
+        if state.store == Store::Broken {
+            return Err(NotKnown::NoWay { reasons: "it is a test".into() });
+        }
+        state.trees.contains_key(chain).then_some(()).ok_or(NotKnown::Missed)
     }
 
     fn mount(&self, chain: &ChainId) -> Result<PathBuf, Box<dyn Error + Send + Sync>> {

@@ -102,6 +102,33 @@ async fn a_compact_images_layer_is_never_unpacked() {
     assert!(status.message().len() < 500 && !status.message().contains(char::is_control), "{:?}", status.message());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compact_image_waits_for_a_slow_store_and_nothing_else_does() {
+    let (server, dir) = Server::new().await;
+    know(&server, dir.path(), [1]);
+    let mut labels = target_label(&chain(1).oci());
+    labels.insert(COMPACT_CHAIN.to_owned(), chain(9).oci());
+    server.trees.behave(Store::Hanging);
+    let waiting = {
+        let (client, labels) = (server.client.clone(), labels.clone());
+        tokio::spawn(async move { client.prepare_raw("extract", "", labels).await })
+    };
+    server.trees.wait_for(&Call::Known(chain(1)));
+    // Each of these waits out the deadline of a plain pull.
+    for key in ["one", "two", "three"] {
+        assert!(server.client.pull(key, "", &chain(1).oci()).await.is_ok(), "any other pull is plain by now");
+    }
+    assert!(!waiting.is_finished());
+    server.trees.behave(Store::Well);
+    assert_eq!(waiting.await.expect("no panic").map_err(|status| status.code()), Err(Code::AlreadyExists));
+    // Where the store is not to blame, it is not blamed.
+    server.trees.behave(Store::Broken);
+    let status = server.client.prepare_raw("extract", "", labels).await.expect_err("a pull that fails");
+    for (part, there) in [("no way into the kernel works on this node (it is a test)", true), ("store", false), ("keys", false), ("portable", true)] {
+        assert_eq!(status.message().contains(part), there, "{part:?}: {:?}", status.message());
+    }
+}
+
 /// A pull without labels unpacks the layer, and what is committed once is never asked for again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compact_images_layer_pulled_without_labels_is_not_committed() {
