@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::oci::{ChainId, DiffId, Sha256};
 
 /// A file of the store, by what it is. [`Name::path`] says where it lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Name {
     /// File data: `packs/<aa>/<digest>.pack`, the digest being the BLAKE3 of the pack's footer.
     Pack(Digest),
@@ -45,6 +45,24 @@ pub enum Name {
         /// Digest of the platform manifest.
         manifest: Sha256,
     },
+    /// A compact image that was made of an image: `images/<aa>/<sha256 of the source reference>/<manifest digest>.<chain id>.compact`.
+    Compact {
+        /// SHA-256 of the canonical source reference.
+        source: Sha256,
+        /// Digest of the platform manifest.
+        manifest: Sha256,
+        /// Chain of the compact image.
+        chain: ChainId,
+    },
+    /// A name an image was pushed under: `images/<aa>/<sha256 of the source reference>/<manifest digest>.<sha256 of that name>.target`.
+    Target {
+        /// SHA-256 of the canonical source reference.
+        source: Sha256,
+        /// Digest of the platform manifest.
+        manifest: Sha256,
+        /// SHA-256 of the target's reference.
+        reference: Sha256,
+    },
 }
 
 impl Name {
@@ -57,6 +75,8 @@ impl Name {
             Name::Meta(digest) => below("meta", &format!("{digest}.erofs.zst")),
             Name::Record { chain, digest } => records_of(chain).join(format!("{digest}.json")),
             Name::Image { source, manifest } => below("images", &source.to_string()).join(format!("{manifest}.json")),
+            Name::Compact { source, manifest, chain } => below("images", &source.to_string()).join(format!("{manifest}.{chain}.compact")),
+            Name::Target { source, manifest, reference } => below("images", &source.to_string()).join(format!("{manifest}.{reference}.target")),
         }
     }
 
@@ -77,7 +97,16 @@ impl Name {
             }
             ["meta", _, file] => Name::Meta(file.strip_suffix(".erofs.zst")?.parse().ok()?),
             ["chains", _, chain, file] => Name::Record { chain: chain.parse().ok()?, digest: file.strip_suffix(".json")?.parse().ok()? },
-            ["images", _, source, file] => Name::Image { source: source.parse().ok()?, manifest: file.strip_suffix(".json")?.parse().ok()? },
+            ["images", _, source, file] => {
+                let (source, (manifest, rest)) = (source.parse().ok()?, file.split_once('.')?);
+                let manifest = manifest.parse().ok()?;
+                match rest.split_once('.') {
+                    None if rest == "json" => Name::Image { source, manifest },
+                    Some((chain, "compact")) => Name::Compact { source, manifest, chain: chain.parse().ok()? },
+                    Some((reference, "target")) => Name::Target { source, manifest, reference: reference.parse().ok()? },
+                    _ => return None,
+                }
+            }
             _ => return None,
         };
         // Settles `<aa>` and the forms of a digest that parse but are not how we write it.
@@ -195,6 +224,8 @@ mod tests {
             (Name::Meta(b), format!("meta/bb/{B}.erofs.zst")),
             (Name::Record { chain: ChainId(sha_a), digest: b }, format!("chains/aa/{A}/{B}.json")),
             (Name::Image { source: sha_b, manifest: sha_a }, format!("images/bb/{B}/{A}.json")),
+            (Name::Compact { source: sha_b, manifest: sha_a, chain: ChainId(sha_b) }, format!("images/bb/{B}/{A}.{B}.compact")),
+            (Name::Target { source: sha_b, manifest: sha_a, reference: sha_b }, format!("images/bb/{B}/{A}.{B}.target")),
         ] {
             assert_eq!(name.path().to_str(), Some(expected.as_str()));
             assert_eq!(Name::parse(&expected), Some(name));
@@ -215,6 +246,9 @@ mod tests {
             format!("chains/sh/sha256:{A}/{B}.json"),
             format!("layers/aa/{A}.tree.zst"),
             format!("layers/aa/{A}.{B}.zst"),
+            format!("images/aa/{A}/{B}"),
+            format!("images/aa/{A}/{B}.compact"),
+            format!("images/aa/{A}/{B}.{A}.json"),
         ] {
             assert_eq!(Name::parse(&path), None, "{path}");
         }

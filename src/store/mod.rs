@@ -9,6 +9,7 @@
 //! chains/<aa>/<chain id>/<digest>.json                      signed records; see [`record`]
 //! chains/<aa>/<chain id>/<digest>.tomb                      the record beside it is out of use
 //! images/<aa>/<sha256 of source>/<manifest digest>.json     converted images; see [`roots`]
+//! images/<aa>/<sha256 of source>/<manifest digest>.*        what was made of them; see `targets`
 //! nodes/  converters/                                       leases of nodes and converters
 //! tmp/<32 hex digits>                                       files being written
 //! trash/                                                    files taken out of use, until their grace is over
@@ -36,7 +37,7 @@
 //! **Named means whole** (invariant 2): [`publish`] tells how a file gets its name, and what is done when the name is taken. Files are
 //! never changed in place. Who reads a file verifies it, whatever its name says.
 //!
-//! Low to high: [`error`], [`layout`], `open`, `text`, [`key`], [`trust`], `content`, `framing`, [`publish`], [`record`], [`roots`], `reach`, [`chunks`].
+//! Low to high: [`error`], [`layout`], `open`, `text`, [`key`], [`trust`], `content`, `framing`, [`publish`], [`record`], [`roots`], `targets`, `reach`, [`chunks`].
 
 pub mod error;
 pub mod layout;
@@ -49,6 +50,7 @@ mod framing;
 pub mod publish;
 pub mod record;
 pub mod roots;
+mod targets;
 mod reach;
 pub mod chunks;
 

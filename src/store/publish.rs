@@ -170,7 +170,7 @@ impl Store {
                 Err(error) if error.is_about_content() => Ok(Taken::Damaged),
                 Err(error) => Err(error),
             },
-            Name::Pack(_) | Name::Record { .. } | Name::Image { .. } => Ok(Taken::Damaged),
+            Name::Pack(_) | Name::Record { .. } | Name::Image { .. } | Name::Compact { .. } | Name::Target { .. } => Ok(Taken::Damaged),
         }
     }
 

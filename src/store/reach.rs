@@ -56,7 +56,8 @@ impl Store {
     ///
     /// Errors are trouble in reaching the store only.
     pub fn reach(&self, trust: &Trust) -> Result<Reach, StoreError> {
-        let roots = self.files_below(Path::new("images"), 2)?;
+        let mut roots = self.files_below(Path::new("images"), 2)?;
+        roots.retain(|path| matches!(path.to_str().and_then(Name::parse), Some(Name::Image { .. })));
         let chains = at_once(&roots, |path: &PathBuf| match self.read_root(path) {
             Ok((root, _)) => Ok(Some(root.chain)),
             Err(error) if error.is_about_content() => Ok(None),

@@ -16,7 +16,8 @@ use serde::{Deserialize, Serialize};
 use super::error::Doing;
 use super::publish::Published;
 use super::record::Sizes;
-use super::{Name, Store, StoreError, open, text};
+use super::targets::Made;
+use super::{Name, Store, StoreError, open, read_bounded, text};
 use crate::oci::{ChainId, DiffId, Sha256};
 
 /// Longest image root that is read: most of it is the configuration, which has at most 8 MiB and a third more in base64.
@@ -28,7 +29,8 @@ const MAX_ROOT: u64 = 16 << 20;
 pub struct ImageRoot {
     /// Canonical reference of the source.
     pub source: String,
-    /// Reference of the accelerated target, when one was pushed.
+    /// Reference of the target that was pushed last, if any. Not part of the root's file, see `targets`.
+    #[serde(default, skip_serializing)]
     pub target: Option<String>,
     /// Platform, as `os/arch[/variant]`.
     pub platform: String,
@@ -46,8 +48,8 @@ pub struct ImageRoot {
     /// Sizes of the whole image.
     pub sizes: Sizes,
     /// Chains of the compact images that were made of it, whose records stand for [`ImageRoot::chain`]: kept as long as it is. More than one if
-    /// the metadata image has changed since, as by a newer converter.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    /// the metadata image has changed since, as by a newer converter. Not part of the root's file, see `targets`.
+    #[serde(default, skip_serializing)]
     pub compact: Vec<ChainId>,
 }
 
@@ -104,28 +106,25 @@ impl Store {
     /// Publishes an image root, replacing what was said of the same source and manifest; from now on it is the newest of its source and platform.
     /// It comes last in a conversion: everything it names must have been published before (invariant 2).
     ///
-    /// Compact images that were named before stay named: a push takes long, and another conversion may have made one meanwhile.
+    /// What was made of the image lies beside it and stays.
     pub fn put_image(&self, root: &ImageRoot) -> Result<Published, StoreError> {
-        let mut root = root.clone();
-        root.compact.extend(self.earlier_image(&root)?.into_iter().flat_map(|earlier| earlier.compact));
-        root.compact.sort_unstable();
-        root.compact.dedup();
+        let path = root.name().path();
+        match self.read_root(&path) {
+            // An older program wrote it into the root.
+            Ok((earlier, _)) => {
+                earlier.compact.iter().try_for_each(|chain| self.add_compact(root, *chain))?;
+                earlier.target.iter().try_for_each(|target| self.add_target(root, target))?;
+            }
+            Err(error) if error.is_about_content() => {}
+            Err(error) => return Err(error),
+        }
         let mut temp = self.temp()?;
         temp.write_all(&root.encode()).map_err(|error| StoreError::writing(temp.path(), error))?;
         let published = self.publish(temp, &root.name())?;
         if published == Published::Present {
-            self.renew(&root.name().path());
+            self.renew(&path);
         }
         Ok(published)
-    }
-
-    /// What the store says so far of the image that `root` is about, if that can be read.
-    pub fn earlier_image(&self, root: &ImageRoot) -> Result<Option<ImageRoot>, StoreError> {
-        match self.read_root(&root.name().path()) {
-            Ok((earlier, _)) => Ok(Some(earlier)),
-            Err(error) if error.is_about_content() => Ok(None),
-            Err(error) => Err(error),
-        }
     }
 
     /// The image's configuration as the source has it, verified.
@@ -139,7 +138,7 @@ impl Store {
     }
 
     /// Makes a file as young as one written now, by the store's own clock.
-    fn renew(&self, path: &Path) {
+    pub(super) fn renew(&self, path: &Path) {
         let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
         let (dir, name) = (path.parent().expect("a root lies in a directory"), path.file_name().expect("a root has a name"));
         let renewed = open::directory(&self.root, dir, &self.shown(dir), Doing::Writing).and_then(|dir| {
@@ -147,35 +146,51 @@ impl Store {
             utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW).map_err(|errno| StoreError::from_errno(Doing::Writing, &self.shown(path), errno))
         });
         if let Err(error) = renewed {
-            tracing::warn!(%error, "an image root stays as old as it was: another version of the image may be taken for newer");
+            tracing::warn!(%error, "a file stays as old as it was: another version of the image, or another target, may be taken for newer");
         }
     }
 
     /// All image roots, ordered by source reference, then platform, the newest first; then, as errors, the files there that are no image roots.
     pub fn images(&self) -> Result<Vec<Result<ImageRoot, StoreError>>, StoreError> {
-        let (mut roots, mut errors) = (Vec::new(), Vec::new());
+        let (mut roots, mut made, mut errors) = (Vec::new(), Made::default(), Vec::new());
         for path in self.files_below(Path::new("images"), 2)? {
-            match self.read_root(&path) {
+            let read = match made.take(self, &path) {
+                Ok(true) => continue,
+                Ok(false) => self.read_root(&path),
+                Err(error) => Err(error),
+            };
+            match read {
                 Ok(root) => roots.push(root),
                 Err(error) if error.is_about_content() => errors.push(Err(error)),
                 Err(error) => return Err(error),
             }
         }
         roots.sort_by(|(a, at), (b, bt)| (&a.source, &a.platform, Reverse(at), a.manifest).cmp(&(&b.source, &b.platform, Reverse(bt), b.manifest)));
-        Ok(roots.into_iter().map(|(root, _)| Ok(root)).chain(errors).collect())
+        let told = roots.into_iter().map(|(mut root, _)| {
+            made.tell(&mut root);
+            Ok(root)
+        });
+        Ok(told.chain(errors).collect())
     }
 
     /// An image root and when it was published last.
     pub(super) fn read_root(&self, path: &Path) -> Result<(ImageRoot, SystemTime), StoreError> {
-        let shown = self.shown(path);
-        let modified = open::regular(&self.root, path, &shown)?.metadata().and_then(|metadata| metadata.modified());
-        let modified = modified.map_err(|error| StoreError::from_io(Doing::Reading, &shown, error))?;
+        let (bytes, modified) = self.read_aged(path, MAX_ROOT)?;
         let damaged = |reason: String| StoreError::Damaged { path: self.shown(path), reason };
-        let root: ImageRoot = serde_json::from_slice(&self.read_small(path, MAX_ROOT)?).map_err(|error| damaged(error.to_string()))?;
+        let root: ImageRoot = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
         if root.name().path() != path {
             return Err(damaged("it is the root of another image than its name says".to_owned()));
         }
         Ok((root, modified))
+    }
+
+    /// A small file's bytes, and when it was written last.
+    pub(super) fn read_aged(&self, path: &Path, max: u64) -> Result<(Vec<u8>, SystemTime), StoreError> {
+        let shown = self.shown(path);
+        let file = open::regular(&self.root, path, &shown)?;
+        let modified = file.metadata().and_then(|metadata| metadata.modified());
+        let modified = modified.map_err(|error| StoreError::from_io(Doing::Reading, &shown, error))?;
+        Ok((read_bounded(file, max, &shown)?, modified))
     }
 
     /// Paths of what lies `depth` directories below `dir`. What is no directory on the way down is passed over.
@@ -196,58 +211,53 @@ impl Store {
     }
 }
 
+/// A root of a tiny image that is in the sample's store.
+#[cfg(test)]
+pub(super) fn sample_root(sample: &super::sample::Sample, source: &str) -> ImageRoot {
+    let payload = sample.publish(&super::sample::layers(source, 2)).pop().unwrap();
+    let blob = |text: &str| Sha256::of(text.as_bytes());
+    ImageRoot {
+        source: source.to_owned(),
+        target: None,
+        platform: "linux/amd64".to_owned(),
+        manifest: blob(&format!("manifest of {source}")),
+        chain: payload.chain,
+        metadata: payload.metadata,
+        config: RootConfig::new(source.as_bytes()),
+        layers: payload
+            .layers()
+            .map(|(diff_id, super::LayerFiles { tree, framing })| RootLayer { blob: blob("b"), size: 7, diff_id, tree, framing })
+            .collect(),
+        sizes: payload.sizes,
+        compact: Vec::new(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
 
     use super::*;
-    use crate::store::LayerFiles;
-    use crate::store::sample::{Sample, layers};
-
-    fn root(sample: &Sample, source: &str) -> ImageRoot {
-        let payload = sample.publish(&layers(source, 2)).pop().unwrap();
-        let blob = |text: &str| Sha256::of(text.as_bytes());
-        ImageRoot {
-            source: source.to_owned(),
-            target: None,
-            platform: "linux/amd64".to_owned(),
-            manifest: blob(&format!("manifest of {source}")),
-            chain: payload.chain,
-            metadata: payload.metadata,
-            config: RootConfig::new(source.as_bytes()),
-            layers: payload
-                .layers()
-                .map(|(diff_id, LayerFiles { tree, framing })| RootLayer { blob: blob("b"), size: 7, diff_id, tree, framing })
-                .collect(),
-            sizes: payload.sizes,
-            compact: Vec::new(),
-        }
-    }
+    use crate::store::sample::Sample;
 
     #[test]
     fn images_are_listed_by_name_and_said_once() {
         let sample = Sample::new();
         assert!(sample.store.images().unwrap().is_empty());
-        let (b, a) = (root(&sample, "example.com/b:1"), root(&sample, "example.com/a:1"));
+        let (b, a) = (sample_root(&sample, "example.com/b:1"), sample_root(&sample, "example.com/a:1"));
         assert_eq!(sample.store.put_image(&b).unwrap(), Published::New);
         assert_eq!(sample.store.put_image(&a).unwrap(), Published::New);
         assert_eq!(sample.store.put_image(&a).unwrap(), Published::Present);
-        let tagged = ImageRoot { target: Some("example.com/a:1-acc".to_owned()), compact: vec![a.chain], ..a };
-        assert_eq!(sample.store.put_image(&tagged).unwrap(), Published::Replaced);
-        let images = || sample.store.images().unwrap().into_iter().map(Result::unwrap).collect::<Vec<ImageRoot>>();
-        assert_eq!(images(), [tagged.clone(), b.clone()]);
-        // Whoever has read the root before that forgets no compact image.
-        let other = ImageRoot { target: None, compact: vec![b.chain], ..tagged.clone() };
-        sample.store.put_image(&other).unwrap();
-        let mut both = vec![tagged.chain, b.chain];
-        both.sort();
-        assert_eq!(images(), [ImageRoot { compact: both, ..other }, b]);
+        let other = ImageRoot { metadata: b.metadata, ..a };
+        assert_eq!(sample.store.put_image(&other).unwrap(), Published::Replaced);
+        let listed: Vec<ImageRoot> = sample.store.images().unwrap().into_iter().map(Result::unwrap).collect();
+        assert_eq!(listed, [other, b]);
     }
 
     #[test]
     fn of_one_name_the_version_converted_last_comes_first() {
         let sample = Sample::new();
-        let one = root(&sample, "example.com/a:1");
+        let one = sample_root(&sample, "example.com/a:1");
         let other = ImageRoot { manifest: Sha256::of(b"pushed later"), ..one.clone() };
         let arm = ImageRoot { platform: "linux/arm64".to_owned(), manifest: Sha256::of(b"arm"), ..one.clone() };
         let age = |root: &ImageRoot| {
@@ -270,7 +280,7 @@ mod tests {
     fn a_configuration_comes_back_as_it_was_or_is_named_as_damaged() {
         let sample = Sample::new();
         let bytes: Vec<u8> = (0..8u32 << 20).map(|i| (i.wrapping_mul(7919) >> 3) as u8).collect();
-        let root = ImageRoot { config: RootConfig::new(&bytes), ..root(&sample, "example.com/a:1") };
+        let root = ImageRoot { config: RootConfig::new(&bytes), ..sample_root(&sample, "example.com/a:1") };
         sample.store.put_image(&root).unwrap();
         let mut read = sample.store.images().unwrap().remove(0).unwrap();
         assert!(sample.store.image_config(&read).unwrap() == bytes);
@@ -282,7 +292,7 @@ mod tests {
     #[test]
     fn a_file_that_is_no_root_is_named_and_hides_nothing() {
         let sample = Sample::new();
-        let good = root(&sample, "example.com/a:1");
+        let good = sample_root(&sample, "example.com/a:1");
         sample.store.put_image(&good).unwrap();
         let path = sample.store.dir().join(good.name().path());
         fs::copy(&path, path.with_file_name("other.json")).unwrap();

@@ -163,7 +163,7 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
     compact::refuse_layers(&image, finished.values().map(|layer| &*layer.tree))?;
     let savings = Savings::of(&image, &finished);
     let published = meter.fold(|| publish::publish(context, options.jobs, &store, &key, &image, finished));
-    let (mut root, top, packs, reused) = published?;
+    let (root, top, packs, reused) = published?;
     // Last, so that a push that fails leaves the image converted.
     let mut target = None;
     if let Some(options_of_it) = &options.target {
@@ -172,13 +172,11 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
             TargetKind::Portable => None,
         };
         if let Some(compact) = &compact {
-            root.compact = vec![compact.chain()];
-            store.put_image(&root)?;
+            store.add_compact(&root, compact.chain())?;
         }
         let pushed = target::push(context, options_of_it, &options.source, &image, compact.as_ref(), under)?;
         if under == Under::Tag {
-            root.target = Some(pushed.reference.clone());
-            store.put_image(&root)?;
+            store.add_target(&root, &pushed.reference)?;
         }
         target = Some(pushed);
     }

@@ -64,7 +64,7 @@ pub fn convert_all(context: &Context<'_>, options: &Options) -> Result<AllConver
     Ok(all)
 }
 
-/// Pushes the index of all platforms, and has their image roots say so.
+/// Pushes the index of all platforms, and has the store say so of each.
 fn push_index(
     context: &Context<'_>,
     options: &Options,
@@ -80,8 +80,7 @@ fn push_index(
     context.progress.say(&format!("pushed the index of {} platforms", outcomes.len()));
     let store = Store::open(&options.store)?;
     for converted in outcomes.iter_mut().filter_map(|outcome| outcome.result.as_mut().ok()) {
-        converted.root.target = Some(name.clone());
-        store.put_image(&converted.root)?;
+        store.add_target(&converted.root, &name)?;
         if let Some(pushed) = &mut converted.target {
             pushed.index = Some(digest);
         }

@@ -67,7 +67,7 @@ pub(super) fn publish(
         }
         store.put_record(&prefix.payload, key)?;
     }
-    let mut root = ImageRoot {
+    let root = ImageRoot {
         source: image.name.clone(),
         target: None,
         platform: image.platform.to_string(),
@@ -84,8 +84,6 @@ pub(super) fn publish(
         sizes: top.sizes,
         compact: Vec::new(),
     };
-    // A target that was pushed before is still there.
-    root.target = store.earlier_image(&root)?.and_then(|earlier| earlier.target);
     store.put_image(&root)?;
     let packs = top.packs.iter().map(|pack| Ok((pack.digest, reuse::pack_len(store, pack.digest)?))).collect::<Result<_, Failure>>()?;
     Ok((root, top.clone(), packs, reused))
