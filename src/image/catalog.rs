@@ -314,7 +314,7 @@ mod tests {
 
     use super::*;
     use crate::store::Name;
-    use crate::store::record::sign;
+    use crate::store::envelope::Envelope;
     use crate::store::sample::{Sample, layers, metadata, payloads};
 
     /// Longer than anything here takes: reaching it is a failure.
@@ -404,7 +404,7 @@ mod tests {
         let files = LocalFiles::new(state(&sample));
         let others: Vec<Payload> = payloads.into_iter().map(|payload| Payload { fold_version: FOLD_VERSION - 1, ..payload }).collect();
         for other in &others {
-            files.put_record(&other.chain, &sign(&other.encode(), &sample.key)).unwrap();
+            files.put_record(&other.chain, &Envelope::seal(&other.encode(), &sample.key)).unwrap();
             assert_eq!(catalog(&sample).local(&other.chain).unwrap().digest, other.metadata);
         }
         // But a prefix is not folded anew by a fold that gives something else.

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
+use super::key::KeyId;
+
 /// An operation on a store failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -73,6 +75,20 @@ pub enum StoreError {
         path: PathBuf,
         /// What does not fit.
         reason: String,
+    },
+    /// An image root that no trusted key signed. The user decides whom to trust.
+    #[error("{} is signed by key {key}, which is not trusted here: convert the image again, or trust the key of who did", path.display())]
+    Untrusted {
+        /// The file.
+        path: PathBuf,
+        /// The key it says.
+        key: KeyId,
+    },
+    /// An image root as older programs wrote them. Converting the image again signs it.
+    #[error("{} is not signed, so nothing vouches for what it says: convert the image again", path.display())]
+    Unsigned {
+        /// The file.
+        path: PathBuf,
     },
     /// What was to be published exceeds what readers accept. The image cannot be converted.
     #[error("{} cannot be published: {reason}", path.display())]

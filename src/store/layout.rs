@@ -38,7 +38,7 @@ pub enum Name {
         /// BLAKE3 of the payload.
         digest: Digest,
     },
-    /// An image root: `images/<aa>/<sha256 of the source reference>/<manifest digest>.json`.
+    /// A signed image root: `images/<aa>/<sha256 of the source reference>/<manifest digest>.json`.
     Image {
         /// SHA-256 of the canonical source reference.
         source: Sha256,
@@ -158,7 +158,7 @@ pub(super) struct Algorithms {
     pub source: String,
     /// Trees, framings, metadata images, units.
     pub compression: String,
-    /// Records.
+    /// Records and image roots.
     pub signature: String,
 }
 

@@ -8,7 +8,7 @@
 //! meta/<aa>/<digest>.erofs.zst                              EROFS metadata of a whole image; see `erofs::image`
 //! chains/<aa>/<chain id>/<digest>.json                      signed records; see [`record`]
 //! chains/<aa>/<chain id>/<digest>.tomb                      the record beside it is out of use
-//! images/<aa>/<sha256 of source>/<manifest digest>.json     converted images; see [`roots`]
+//! images/<aa>/<sha256 of source>/<manifest digest>.json     converted images, signed; see [`roots`]
 //! images/<aa>/<sha256 of source>/<manifest digest>.*        what was made of them; see `targets`
 //! nodes/  converters/                                       leases of nodes and converters
 //! tmp/<32 hex digits>                                       files being written
@@ -37,7 +37,7 @@
 //! **Named means whole** (invariant 2): [`publish`] tells how a file gets its name, and what is done when the name is taken. Files are
 //! never changed in place. Who reads a file verifies it, whatever its name says.
 //!
-//! Low to high: [`error`], [`layout`], `open`, `text`, [`key`], [`trust`], `content`, `framing`, [`publish`], [`record`], [`roots`], `targets`, `reach`, [`chunks`].
+//! Low to high: [`error`], [`layout`], `open`, `text`, [`key`], [`trust`], `envelope`, `content`, `framing`, [`publish`], [`record`], [`roots`], `targets`, `reach`, [`chunks`].
 
 pub mod error;
 pub mod layout;
@@ -45,6 +45,7 @@ mod open;
 mod text;
 pub mod key;
 pub mod trust;
+pub(crate) mod envelope;
 mod content;
 mod framing;
 pub mod publish;
@@ -62,7 +63,7 @@ pub use layout::Name;
 pub use publish::{Published, Temp};
 pub use reach::Reach;
 pub use record::{Found, LayerFiles, Payload, Sizes};
-pub use roots::{ImageRoot, RootConfig, RootLayer};
+pub use roots::{ImageRoot, RootConfig, RootLayer, TrustedRoot};
 pub use trust::{Trust, TrustFiles};
 
 use std::fs::File;

@@ -119,7 +119,7 @@ mod tests {
     /// Publishes an image with its root; gives its top payload.
     fn image(sample: &Sample, name: &str) -> Payload {
         let payload = sample.publish(&layers(name, 2)).pop().unwrap();
-        sample.store.put_image(&root(name, &payload)).unwrap();
+        sample.store.put_image(&root(name, &payload), &sample.key).unwrap();
         payload
     }
 
@@ -161,7 +161,7 @@ mod tests {
         let stranger = Sample::new();
         let mut foreign = stranger.publish(&layers("example.com/stranger", 2)).pop().unwrap();
         sample.store.put_record(&foreign, &stranger.key).unwrap();
-        sample.store.put_image(&root("example.com/stranger", &foreign)).unwrap();
+        sample.store.put_image(&root("example.com/stranger", &foreign), &sample.key).unwrap();
         assert_eq!(names(&sample), only_good);
         foreign.key = sample.key.public().id();
         sample.store.put_record(&foreign, &sample.key).unwrap();

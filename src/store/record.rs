@@ -1,8 +1,6 @@
 //! Signed records: what a chain of layers became, in a form one signature covers.
 //!
-//! A record is a JSON file `{"payload": …, "key": …, "signature": …}`: the payload's bytes in base64, the id of the signing key, and
-//! the Ed25519 signature of the payload's bytes in base64 (standard alphabet, padded). The payload is JSON again, written without white
-//! space and with its fields in this order:
+//! A record is a payload in a signed `envelope`. The payload is JSON, written without white space and with its fields in this order:
 //!
 //! | field | content |
 //! |---|---|
@@ -26,14 +24,13 @@
 
 use std::collections::BTreeSet;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use erofs::block::UnitBits;
 use erofs::digest::Digest;
 use erofs::fold::FOLD_VERSION;
 use erofs::meta::PackRef;
 use serde::{Deserialize, Serialize};
 
+use super::envelope::{Envelope, Unproven};
 use super::key::{KeyId, SigningKey};
 use super::publish::Published;
 use super::trust::Trust;
@@ -153,13 +150,13 @@ pub enum RecordFault {
     BadSignature,
 }
 
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Envelope {
-    payload: String,
-    #[serde(with = "text::one")]
-    key: KeyId,
-    signature: String,
+impl From<Unproven> for RecordFault {
+    fn from(unproven: Unproven) -> RecordFault {
+        match unproven {
+            Unproven::Untrusted(key) => RecordFault::Untrusted(key),
+            Unproven::BadSignature => RecordFault::BadSignature,
+        }
+    }
 }
 
 impl Payload {
@@ -216,30 +213,17 @@ impl Payload {
     }
 }
 
-/// The record file of `payload`.
-pub(crate) fn sign(payload: &[u8], key: &SigningKey) -> Vec<u8> {
-    let envelope = Envelope { payload: STANDARD.encode(payload), key: key.public().id(), signature: STANDARD.encode(key.sign(payload)) };
-    let mut bytes = serde_json::to_vec(&envelope).expect("a struct of strings is JSON");
-    bytes.push(b'\n');
-    bytes
-}
-
 /// Reads a record file: gives the payload only when a trusted key signed it. The second value is the record's name.
 pub fn open_record(bytes: &[u8], trust: &Trust) -> Result<(Payload, Digest), RecordFault> {
     let malformed = |error: &dyn std::fmt::Display| RecordFault::Malformed(error.to_string());
-    let envelope: Envelope = serde_json::from_slice(bytes).map_err(|error| malformed(&error))?;
-    let raw = STANDARD.decode(&envelope.payload).map_err(|error| malformed(&error))?;
-    let signature = STANDARD.decode(&envelope.signature).map_err(|error| malformed(&error))?;
-    let key = trust.key(envelope.key).ok_or(RecordFault::Untrusted(envelope.key))?;
+    let envelope = Envelope::parse(bytes).map_err(|error| malformed(&error))?;
     // Nothing of the payload is looked at before its signature was seen to be good.
-    if !key.verifies(&raw, &signature) {
-        return Err(RecordFault::BadSignature);
-    }
-    let payload = Payload::decode(&raw)?;
+    let raw = envelope.open(trust)?;
+    let payload = Payload::decode(raw)?;
     if payload.key != envelope.key {
         return Err(malformed(&"its payload names another key"));
     }
-    Ok((payload, Digest::of(&raw)))
+    Ok((payload, Digest::of(raw)))
 }
 
 /// A record found in the store.
@@ -261,7 +245,7 @@ impl Store {
         let raw = payload.encode();
         let digest = Digest::of(&raw);
         let mut temp = self.temp()?;
-        std::io::Write::write_all(&mut temp, &sign(&raw, key)).map_err(|error| StoreError::writing(temp.path(), error))?;
+        std::io::Write::write_all(&mut temp, &Envelope::seal(&raw, key)).map_err(|error| StoreError::writing(temp.path(), error))?;
         let published = self.publish(temp, &Name::Record { chain: payload.chain, digest })?;
         self.remove(&layout::records_of(&payload.chain).join(layout::tombstone(&digest)))?;
         Ok(published)
@@ -327,6 +311,8 @@ impl Store {
 mod tests {
     use std::fs;
 
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD;
     use proptest::prelude::*;
 
     use super::*;
@@ -427,7 +413,7 @@ mod tests {
         let (sample, other) = (Sample::new(), Sample::new());
         let payload = payloads(&layers("a", 1), &sample.key).remove(0);
         let raw = payload.encode();
-        let record = sign(&raw, &sample.key);
+        let record = Envelope::seal(&raw, &sample.key);
         assert_eq!(open_record(&record, &sample.trust()).unwrap(), (payload.clone(), Digest::of(&raw)));
         assert_eq!(open_record(&record, &Trust::default()), Err(RecordFault::Untrusted(sample.key.public().id())));
         assert_eq!(open_record(&record, &other.trust()), Err(RecordFault::Untrusted(sample.key.public().id())));
@@ -435,7 +421,7 @@ mod tests {
         let text = String::from_utf8(record).unwrap();
         let forged = text.replace(&sample.key.public().id().to_string(), &other.key.public().id().to_string());
         assert_eq!(open_record(forged.as_bytes(), &other.trust()), Err(RecordFault::BadSignature));
-        assert!(matches!(open_record(&sign(&raw, &other.key), &other.trust()), Err(RecordFault::Malformed(_))));
+        assert!(matches!(open_record(&Envelope::seal(&raw, &other.key), &other.trust()), Err(RecordFault::Malformed(_))));
         let changed = text.replace(&STANDARD.encode(&raw), &STANDARD.encode(raw.strip_suffix(b"}").unwrap()));
         assert_eq!(open_record(changed.as_bytes(), &sample.trust()), Err(RecordFault::BadSignature));
         assert!(matches!(open_record(text.replace("\"key\"", "\"more\":0,\"key\"").as_bytes(), &sample.trust()), Err(RecordFault::Malformed(_))));

@@ -1,8 +1,11 @@
 //! Image roots: what `ls` lists and what keeps an image's content alive.
 //!
-//! `images/<aa>/<sha256 of source reference>/<manifest digest>.json` holds the JSON of an [`ImageRoot`], fields in the order of the
-//! struct, indented. It is not signed: it says what to keep, never what to believe. So what `export` writes is checked against the
-//! digests in it, which are those of the source.
+//! `images/<aa>/<sha256 of source reference>/<manifest digest>.json` holds, in a signed `envelope`, the JSON of an [`ImageRoot`], its fields in the
+//! order of the struct.
+//!
+//! Who only lists images or keeps their content takes any root, whatever key signed it, or none as older programs left them: it says what to keep,
+//! never what to believe. Who believes what a root says of its image, as `export` does, takes a [`TrustedRoot`]. The signature covers source
+//! and manifest; not which of a source's manifests is the newest, which is told by the age of the file.
 
 use std::cmp::Reverse;
 use std::io::Write as _;
@@ -13,14 +16,17 @@ use erofs::digest::Digest;
 use rustix::fs::{AtFlags, Timespec, Timestamps, UTIME_NOW, utimensat};
 use serde::{Deserialize, Serialize};
 
+use super::envelope::{Envelope, Unproven};
 use super::error::Doing;
+use super::key::SigningKey;
 use super::publish::Published;
 use super::record::Sizes;
 use super::targets::Made;
+use super::trust::Trust;
 use super::{Name, Store, StoreError, open, read_bounded, text};
 use crate::oci::{ChainId, DiffId, Sha256};
 
-/// Longest image root that is read: most of it is the configuration, which has at most 8 MiB and a third more in base64.
+/// Longest image root that is read: most of it is the configuration, which has at most 8 MiB and a third more in base64, twice.
 const MAX_ROOT: u64 = 16 << 20;
 
 /// One converted image of one platform.
@@ -89,6 +95,17 @@ pub struct RootLayer {
     pub framing: Digest,
 }
 
+/// An image root that a trusted key signed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrustedRoot(ImageRoot);
+
+impl TrustedRoot {
+    /// What it says.
+    pub fn root(&self) -> &ImageRoot {
+        &self.0
+    }
+}
+
 impl ImageRoot {
     /// Name of its file.
     pub fn name(&self) -> Name {
@@ -96,18 +113,16 @@ impl ImageRoot {
     }
 
     fn encode(&self) -> Vec<u8> {
-        let mut bytes = serde_json::to_vec_pretty(self).expect("a struct of strings, numbers and lists is JSON");
-        bytes.push(b'\n');
-        bytes
+        serde_json::to_vec(self).expect("a struct of strings, numbers and lists is JSON")
     }
 }
 
 impl Store {
-    /// Publishes an image root, replacing what was said of the same source and manifest; from now on it is the newest of its source and platform.
+    /// Signs and publishes an image root, replacing what was said of the same source and manifest; from now on it is the newest of its source and platform.
     /// It comes last in a conversion: everything it names must have been published before (invariant 2).
     ///
     /// What was made of the image lies beside it and stays.
-    pub fn put_image(&self, root: &ImageRoot) -> Result<Published, StoreError> {
+    pub fn put_image(&self, root: &ImageRoot, key: &SigningKey) -> Result<Published, StoreError> {
         let path = root.name().path();
         match self.read_root(&path) {
             // An older program wrote it into the root.
@@ -119,7 +134,7 @@ impl Store {
             Err(error) => return Err(error),
         }
         let mut temp = self.temp()?;
-        temp.write_all(&root.encode()).map_err(|error| StoreError::writing(temp.path(), error))?;
+        temp.write_all(&Envelope::seal(&root.encode(), key)).map_err(|error| StoreError::writing(temp.path(), error))?;
         let published = self.publish(temp, &root.name())?;
         if published == Published::Present {
             self.renew(&path);
@@ -173,15 +188,34 @@ impl Store {
         Ok(told.chain(errors).collect())
     }
 
-    /// An image root and when it was published last.
+    /// The root again of an image that was listed, if `trust` vouches for it now.
+    pub fn trusted_image(&self, listed: &ImageRoot, trust: &Trust) -> Result<TrustedRoot, StoreError> {
+        let path = listed.name().path();
+        let (bytes, _) = self.read_aged(&path, MAX_ROOT)?;
+        let shown = self.shown(&path);
+        match Envelope::parse(&bytes).map(|envelope| envelope.open(trust).map(<[u8]>::to_vec)) {
+            Ok(Ok(payload)) => self.decode_root(&path, &payload).map(TrustedRoot),
+            Ok(Err(Unproven::Untrusted(key))) => Err(StoreError::Untrusted { path: shown, key }),
+            Ok(Err(Unproven::BadSignature)) => Err(StoreError::Damaged { path: shown, reason: "its signature does not fit what it says".to_owned() }),
+            Err(_) => self.decode_root(&path, &bytes).and(Err(StoreError::Unsigned { path: shown })),
+        }
+    }
+
+    /// An image root, whoever signed it, and when it was published last.
     pub(super) fn read_root(&self, path: &Path) -> Result<(ImageRoot, SystemTime), StoreError> {
         let (bytes, modified) = self.read_aged(path, MAX_ROOT)?;
+        // Older programs signed none.
+        let payload = Envelope::parse(&bytes).map_or(bytes, |envelope| envelope.payload);
+        Ok((self.decode_root(path, &payload)?, modified))
+    }
+
+    fn decode_root(&self, path: &Path, payload: &[u8]) -> Result<ImageRoot, StoreError> {
         let damaged = |reason: String| StoreError::Damaged { path: self.shown(path), reason };
-        let root: ImageRoot = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+        let root: ImageRoot = serde_json::from_slice(payload).map_err(|error| damaged(error.to_string()))?;
         if root.name().path() != path {
             return Err(damaged("it is the root of another image than its name says".to_owned()));
         }
-        Ok((root, modified))
+        Ok(root)
     }
 
     /// A small file's bytes, and when it was written last.
@@ -245,11 +279,11 @@ mod tests {
         let sample = Sample::new();
         assert!(sample.store.images().unwrap().is_empty());
         let (b, a) = (sample_root(&sample, "example.com/b:1"), sample_root(&sample, "example.com/a:1"));
-        assert_eq!(sample.store.put_image(&b).unwrap(), Published::New);
-        assert_eq!(sample.store.put_image(&a).unwrap(), Published::New);
-        assert_eq!(sample.store.put_image(&a).unwrap(), Published::Present);
+        assert_eq!(sample.store.put_image(&b, &sample.key).unwrap(), Published::New);
+        assert_eq!(sample.store.put_image(&a, &sample.key).unwrap(), Published::New);
+        assert_eq!(sample.store.put_image(&a, &sample.key).unwrap(), Published::Present);
         let other = ImageRoot { metadata: b.metadata, ..a };
-        assert_eq!(sample.store.put_image(&other).unwrap(), Published::Replaced);
+        assert_eq!(sample.store.put_image(&other, &sample.key).unwrap(), Published::Replaced);
         let listed: Vec<ImageRoot> = sample.store.images().unwrap().into_iter().map(Result::unwrap).collect();
         assert_eq!(listed, [other, b]);
     }
@@ -268,7 +302,7 @@ mod tests {
         for (converted, expected) in
             [(&one, vec![&one]), (&arm, vec![&one, &arm]), (&other, vec![&other, &one, &arm]), (&one, vec![&one, &other, &arm])]
         {
-            sample.store.put_image(converted).unwrap();
+            sample.store.put_image(converted, &sample.key).unwrap();
             let listed: Vec<ImageRoot> = sample.store.images().unwrap().into_iter().map(Result::unwrap).collect();
             assert_eq!(listed.iter().collect::<Vec<_>>(), expected);
             listed.iter().for_each(age);
@@ -281,7 +315,7 @@ mod tests {
         let sample = Sample::new();
         let bytes: Vec<u8> = (0..8u32 << 20).map(|i| (i.wrapping_mul(7919) >> 3) as u8).collect();
         let root = ImageRoot { config: RootConfig::new(&bytes), ..sample_root(&sample, "example.com/a:1") };
-        sample.store.put_image(&root).unwrap();
+        sample.store.put_image(&root, &sample.key).unwrap();
         let mut read = sample.store.images().unwrap().remove(0).unwrap();
         assert!(sample.store.image_config(&read).unwrap() == bytes);
         read.config.bytes[5_000_000] ^= 1;
@@ -290,10 +324,48 @@ mod tests {
     }
 
     #[test]
+    fn every_root_is_listed_and_only_those_of_trusted_keys_are_believed() {
+        let (sample, stranger) = (Sample::new(), Sample::new());
+        let root = sample_root(&sample, "example.com/a:1");
+        let path = sample.store.dir().join(root.name().path());
+        let check = |root: &ImageRoot, trust: &Trust, expected: Option<&[&str]>| {
+            assert_eq!(sample.store.images().unwrap().remove(0).unwrap(), *root);
+            match (sample.store.trusted_image(root, trust), expected) {
+                (Ok(found), None) => assert_eq!(found.root(), root),
+                (Err(error), Some(parts)) => {
+                    let text = error.to_string();
+                    assert!(parts.iter().all(|part| text.contains(part)) && text.contains(path.to_str().unwrap()), "{text}");
+                }
+                (found, expected) => panic!("{found:?} is not {expected:?}"),
+            }
+        };
+        sample.store.put_image(&root, &sample.key).unwrap();
+        check(&root, &sample.trust(), None);
+        check(&root, &Trust::default(), Some(&["not trusted", &sample.key.public().id().to_string()]));
+        sample.store.put_image(&root, &stranger.key).unwrap();
+        check(&root, &sample.trust(), Some(&["not trusted", &stranger.key.public().id().to_string()]));
+        check(&root, &stranger.trust(), None);
+        // Another payload in a trusted key's envelope.
+        let forged = ImageRoot { config: RootConfig::new(b"{\"config\":{\"Cmd\":[\"mine\"]}}"), ..root.clone() };
+        let mut envelope = Envelope::parse(&Envelope::seal(&root.encode(), &sample.key)).unwrap();
+        envelope.payload = forged.encode();
+        fs::write(&path, serde_json::to_vec(&envelope).unwrap()).unwrap();
+        check(&forged, &sample.trust(), Some(&["signature does not fit"]));
+        // As older programs wrote them, and as those do who have no key.
+        fs::write(&path, forged.encode()).unwrap();
+        check(&forged, &sample.trust(), Some(&["not signed", "convert the image again"]));
+        // A root of another image, or what is no root.
+        fs::write(&path, Envelope::seal(&sample_root(&sample, "example.com/b:1").encode(), &sample.key)).unwrap();
+        assert!(sample.store.trusted_image(&root, &sample.trust()).unwrap_err().to_string().contains("another image"));
+        fs::write(&path, Envelope::seal(b"{}", &sample.key)).unwrap();
+        assert!(matches!(sample.store.trusted_image(&root, &sample.trust()), Err(StoreError::Damaged { .. })));
+    }
+
+    #[test]
     fn a_file_that_is_no_root_is_named_and_hides_nothing() {
         let sample = Sample::new();
         let good = sample_root(&sample, "example.com/a:1");
-        sample.store.put_image(&good).unwrap();
+        sample.store.put_image(&good, &sample.key).unwrap();
         let path = sample.store.dir().join(good.name().path());
         fs::copy(&path, path.with_file_name("other.json")).unwrap();
         fs::write(path.with_file_name("x"), b"{}").unwrap();

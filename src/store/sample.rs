@@ -71,7 +71,8 @@ impl Sample {
             let text = String::from_utf8(payload.encode()).unwrap();
             let old = text.replace("\"framings\":[],", "");
             assert_ne!(old, text);
-            std::fs::write(dir.join(format!("{}.json", Digest::of(old.as_bytes()))), super::record::sign(old.as_bytes(), &self.key)).unwrap();
+            std::fs::write(dir.join(format!("{}.json", Digest::of(old.as_bytes()))), super::envelope::Envelope::seal(old.as_bytes(), &self.key))
+                .unwrap();
         }
         payloads
     }

@@ -106,9 +106,9 @@ mod tests {
         let sample = Sample::new();
         let older = sample_root(&sample, "example.com/a:1");
         let newer = ImageRoot { manifest: Sha256::of(b"pushed later"), ..older.clone() };
-        sample.store.put_image(&older).unwrap();
+        sample.store.put_image(&older, &sample.key).unwrap();
         age(&sample, &older.name());
-        sample.store.put_image(&newer).unwrap();
+        sample.store.put_image(&newer, &sample.key).unwrap();
         sample.store.add_compact(&older, newer.chain).unwrap();
         sample.store.add_target(&older, "example.com/a:old").unwrap();
         let told = ImageRoot { compact: vec![newer.chain], target: Some("example.com/a:old".to_owned()), ..older };
@@ -119,7 +119,7 @@ mod tests {
     fn the_target_pushed_last_is_shown() {
         let sample = Sample::new();
         let root = sample_root(&sample, "example.com/a:1");
-        sample.store.put_image(&root).unwrap();
+        sample.store.put_image(&root, &sample.key).unwrap();
         for target in ["example.com/a:x", "example.com/a:y", "example.com/a:x"] {
             sample.store.add_target(&root, target).unwrap();
             assert_eq!(images(&sample)[0].target.as_deref(), Some(target));
@@ -142,7 +142,7 @@ mod tests {
                     let store = Store::open(sample.store.dir()).unwrap();
                     start.wait();
                     for round in 0..8 {
-                        store.put_image(root).unwrap();
+                        store.put_image(root, &sample.key).unwrap();
                         store.add_compact(root, chain(converter, round)).unwrap();
                         store.add_target(root, &format!("example.com/{converter}:{round}")).unwrap();
                     }
@@ -162,7 +162,7 @@ mod tests {
     fn a_target_that_says_something_else_than_its_name_is_named() {
         let sample = Sample::new();
         let root = sample_root(&sample, "example.com/a:1");
-        sample.store.put_image(&root).unwrap();
+        sample.store.put_image(&root, &sample.key).unwrap();
         let Name::Image { source, manifest } = root.name() else { unreachable!() };
         let path = Name::Target { source, manifest, reference: Sha256::of(b"example.com/a:x") }.path();
         fs::write(sample.store.dir().join(&path), b"example.com/a:y").unwrap();
@@ -177,7 +177,7 @@ mod tests {
     fn what_an_older_root_says_was_made_of_it_stays() {
         let sample = Sample::new();
         let root = sample_root(&sample, "example.com/a:1");
-        sample.store.put_image(&root).unwrap();
+        sample.store.put_image(&root, &sample.key).unwrap();
         let path = sample.store.dir().join(root.name().path());
         let mut old = serde_json::to_value(&root).unwrap();
         old["target"] = "example.com/a:x".into();
@@ -185,7 +185,7 @@ mod tests {
         fs::write(&path, old.to_string()).unwrap();
         let told = ImageRoot { target: Some("example.com/a:x".to_owned()), compact: vec![root.chain], ..root.clone() };
         assert_eq!(images(&sample), std::slice::from_ref(&told));
-        sample.store.put_image(&root).unwrap();
+        sample.store.put_image(&root, &sample.key).unwrap();
         assert_eq!(images(&sample), [told]);
         assert!(!fs::read_to_string(&path).unwrap().contains("a:x"));
     }

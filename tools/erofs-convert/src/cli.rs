@@ -8,6 +8,8 @@ use erofs_convert::convert::target::TargetKind;
 use erofs_convert::export::Target;
 use slipway::oci::access::{CONTAINERD_CERTS, DOCKER_CERTS};
 use slipway::oci::{Access, Logins, Platform};
+use slipway::store::key::public_path;
+use slipway::store::{KeyError, Trust, TrustFiles};
 
 /// Convert OCI images into a Slipway store, and look at what is in one.
 #[derive(Debug, Parser)]
@@ -79,13 +81,16 @@ pub enum Command {
     /// Write a converted image as a plain OCI image layout, from the store alone.
     ///
     /// With the source's configuration and the very bytes of its layers, so image ID and diff IDs are the source's. The layers are compressed
-    /// anew, so their blobs and the manifest have digests of their own. Nothing is written unless all of it is right.
+    /// anew, so their blobs and the manifest have digests of their own. Nothing is written unless all of it is right, and what says which
+    /// configuration and layers are the image's must be signed by this converter's key or one that --trusted-key names.
     Export {
         /// Reference, or digest of the platform's manifest
         image: String,
         /// A directory that is empty or missing
         #[arg(value_name = "oci:DIR[:TAG]")]
         target: Target,
+        #[command(flatten)]
+        trust: TrustArgs,
         #[command(flatten)]
         store: StoreArgs,
         #[command(flatten)]
@@ -134,17 +139,34 @@ pub struct Convert {
     /// What the target holds
     #[arg(long, value_name = "KIND", default_value = "portable", requires = "target")]
     pub target_kind: Kind,
-    /// Directory for the journal and the key [default: /var/lib/slipway-convert for root, else below ~/.local/state]
-    #[arg(long, value_name = "DIR", env = "SLIPWAY_CONVERT_STATE")]
-    pub state: Option<PathBuf>,
-    /// Ed25519 key that signs what is published; made on first use, its public half in FILE.pub [default: STATE/key.pem]
-    #[arg(long, value_name = "FILE", env = "SLIPWAY_KEY")]
-    pub key: Option<PathBuf>,
+    #[command(flatten)]
+    pub own: OwnArgs,
     /// Layers converted at once [default: number of processors]
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<std::num::NonZero<usize>>,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// What this converter has of its own.
+#[derive(Debug, Args)]
+pub struct OwnArgs {
+    /// This converter's directory, for its journal and key [default: /var/lib/slipway-convert for root, else below ~/.local/state]
+    #[arg(long, value_name = "DIR", env = "SLIPWAY_CONVERT_STATE")]
+    pub state: Option<PathBuf>,
+    /// This converter's Ed25519 key, which signs what is published; made by the first conversion, its public half in FILE.pub [default: STATE/key.pem]
+    #[arg(long, value_name = "FILE", env = "SLIPWAY_KEY")]
+    pub key: Option<PathBuf>,
+}
+
+/// Whom to believe.
+#[derive(Debug, Args)]
+pub struct TrustArgs {
+    #[command(flatten)]
+    pub own: OwnArgs,
+    /// Public key (key.pem.pub) of another converter to believe beside this one's own; may be given several times
+    #[arg(long, value_name = "FILE")]
+    pub trusted_key: Vec<PathBuf>,
 }
 
 /// What a target holds.
@@ -257,7 +279,7 @@ impl SourceArgs {
     }
 }
 
-impl Convert {
+impl OwnArgs {
     /// The state directory.
     pub fn state_dir(&self) -> PathBuf {
         if let Some(state) = &self.state {
@@ -276,7 +298,19 @@ impl Convert {
     pub fn key_file(&self) -> PathBuf {
         self.key.clone().unwrap_or_else(|| self.state_dir().join("key.pem"))
     }
+}
 
+impl TrustArgs {
+    /// The keys.
+    pub fn load(&self) -> Result<Trust, KeyError> {
+        let own = public_path(&self.own.key_file());
+        // Who never converted has none.
+        let own = own.exists().then_some(own);
+        TrustFiles(own.into_iter().chain(self.trusted_key.iter().cloned()).collect()).load()
+    }
+}
+
+impl Convert {
     /// Layers at once.
     pub fn jobs(&self) -> usize {
         self.jobs.map_or_else(|| available_parallelism().map_or(1, std::num::NonZero::get), std::num::NonZero::get)
@@ -309,6 +343,7 @@ mod tests {
             "erofs-convert --progress json show debian:12 --store /s --output json",
             "erofs-convert completion fish",
             "erofs-convert export debian:12 oci:/out:1 --store /s",
+            "erofs-convert export debian:12 oci:/out:1 --store /s --state /t --trusted-key /a --trusted-key /b",
             "erofs-convert show debian:12 --store /s",
             "erofs-convert dump debian:12 --store /s",
             "erofs-convert check debian:12 oci:/img --store /s",
@@ -332,6 +367,6 @@ mod tests {
             assert_eq!(parse(line).err(), Some(2), "{line}");
         }
         let Ok(Cli { command: Command::Convert(convert), .. }) = parse("erofs-convert convert a --store /s --state /t") else { panic!() };
-        assert_eq!((convert.state_dir(), convert.key_file()), ("/t".into(), "/t/key.pem".into()));
+        assert_eq!((convert.own.state_dir(), convert.own.key_file()), ("/t".into(), "/t/key.pem".into()));
     }
 }

@@ -8,9 +8,9 @@ use erofs::fold::FoldError;
 use erofs::image::{ImageError, TreeError};
 use serde_json::{Value, json};
 use slipway::oci::{ChainId, OciError, VerifyError};
-use slipway::store::StoreError;
 use slipway::store::key::KeyError;
 use slipway::store::record::MAX_PACKS;
+use slipway::store::{KeyId, StoreError};
 
 use crate::layer::ConvertError;
 use crate::printable::printable;
@@ -25,6 +25,17 @@ pub enum Failure {
     /// The store cannot be used.
     #[error(transparent)]
     Store(StoreError),
+    /// Nobody whom we trust vouches for an image.
+    #[error(
+        "{} is signed by key {key}, which is not trusted here: convert the image again, or give that converter's public key (its key.pem.pub) \
+         with --trusted-key", .path.display()
+    )]
+    Untrusted {
+        /// The image root's file.
+        path: PathBuf,
+        /// Whose it says it is.
+        key: KeyId,
+    },
     /// The signing key cannot be used.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -222,7 +233,10 @@ impl From<OciError> for Failure {
 
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
-        Failure::Store(error)
+        match error {
+            StoreError::Untrusted { path, key } => Failure::Untrusted { path, key },
+            error => Failure::Store(error),
+        }
     }
 }
 

@@ -81,7 +81,7 @@ fn run(command: Command, runtime: &tokio::runtime::Handle, progress: &Progress) 
         Command::Convert(args) => {
             let source = Source::parse(&args.source.source, &args.source.access())?;
             let (name, platform) = (source.name(), args.source.platform.clone().unwrap_or_else(Platform::host));
-            let (state, key, jobs) = (args.state_dir(), args.key_file(), args.jobs());
+            let (state, key, jobs) = (args.own.state_dir(), args.own.key_file(), args.jobs());
             let target =
                 args.target.as_deref().map(|text| TargetOptions::parse(text, args.target_kind.into(), &args.source.access(), &source)).transpose()?;
             let options = Options { source, platform, store: args.store.store, state, key, jobs, target };
@@ -113,9 +113,10 @@ fn run(command: Command, runtime: &tokio::runtime::Handle, progress: &Progress) 
             print(&check::text(&differences), output.json().then(|| check::json(&differences)))?;
             return verdict(root.source, &differences);
         }
-        Command::Export { image, target, store, output } => {
-            let store = Store::open(&store.store)?;
-            let done = export::export(&context, &store, &inspect::find(&store, &image)?, &target)?;
+        Command::Export { image, target, trust, store, output } => {
+            let (store, trust) = (Store::open(&store.store)?, trust.load()?);
+            let root = store.trusted_image(&inspect::find(&store, &image)?, &trust)?;
+            let done = export::export(&context, &store, &root, &target)?;
             (export::text(&done), output.json().then(|| export::json(&done)))
         }
         Command::Completion { shell } => (docs::completion(shell), None),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use ground::{Ground, everything, everything_layers};
 use serde_json::Value;
 use slipway::oci::Sha256;
+use slipway::store::{ImageRoot, RootConfig, SigningKey, Store};
 use testbed::{Compression, Entry, Image, Layer, files_below, need, noise, require, run};
 
 /// The manifest of a layout's only image, and its configuration's bytes.
@@ -130,39 +131,92 @@ fn what_is_damaged_in_the_store_is_named_and_not_exported() {
     assert_eq!(ground.run(&["export", "oci:img:1", "oci:out:1"]).code, 0);
 }
 
-/// Nothing in an image root is signed.
+/// The only image root of a store, and its file.
+fn root_of(ground: &Ground) -> (Store, ImageRoot, PathBuf) {
+    let store = Store::open(&ground.store()).unwrap();
+    let root = store.images().unwrap().remove(0).unwrap();
+    let path = ground.store().join(root.name().path());
+    (store, root, path)
+}
+
+/// Who can write to the store and has no key could otherwise have others run what they want.
+#[test]
+fn an_image_root_that_no_trusted_key_signed_is_not_exported() {
+    let ground = Ground::new("export-forged");
+    ground.layout.add("1", &Image::new().layer(&Layer::new([Entry::file("a", noise(1, 3000))]), Compression::Gzip)).unwrap();
+    ground.convert("oci:img:1");
+    let (store, good, path) = root_of(&ground);
+    let signed = fs::read(&path).unwrap();
+    let shown = path.to_str().unwrap().to_owned();
+    let mut config: Value = serde_json::from_slice(&good.config.bytes).unwrap();
+    config["config"]["Cmd"] = serde_json::json!(["/theirs"]);
+    let forged = ImageRoot { config: RootConfig::new(config.to_string().as_bytes()), ..good };
+
+    fs::write(&path, serde_json::to_vec(&forged).unwrap()).unwrap();
+    assert_eq!(ground.listed().len(), 1, "it is kept and listed");
+    assert_eq!(ground.run(&["show", "oci:img:1"]).code, 0);
+    fails(&ground, 1, &[&shown, "is not signed", "convert the image again"]);
+
+    let key = ground.scratch.join("other/key.pem");
+    let theirs = SigningKey::load_or_create(&key).unwrap();
+    store.put_image(&forged, &theirs).unwrap();
+    assert_eq!(ground.listed().len(), 1, "it is kept and listed");
+    fails(&ground, 1, &[&shown, &theirs.public().id().to_string(), "not trusted", "--trusted-key"]);
+    let public = ground.scratch.join("other/key.pem.pub");
+    let trusting = ["export", "oci:img:1", "oci:out:1", "--trusted-key", public.to_str().unwrap()];
+    assert_eq!(ground.run(&trusting).code, 0);
+    let (_, exported) = documents(&ground.scratch.join("out"));
+    assert!(exported == forged.config.bytes);
+    fs::remove_dir_all(ground.scratch.join("out")).unwrap();
+
+    // What another key signed, said to be signed by ours.
+    let mut envelope: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    envelope["key"] = serde_json::from_slice::<Value>(&signed).unwrap()["key"].clone();
+    fs::write(&path, envelope.to_string()).unwrap();
+    fails(&ground, 6, &[&shown, "signature"]);
+    fs::remove_file(&public).unwrap();
+    ground.run(&trusting).assert_failed(1, &[public.to_str().unwrap()]);
+    // Without any key: not even the state directory is there.
+    let nowhere = ground.scratch.join("nowhere");
+    let run = ground.command(&["export", "oci:img:1", "oci:out:1"]).env_remove("SLIPWAY_KEY").arg("--key").arg(&nowhere).output().unwrap();
+    let run: ground::Run = run.into();
+    run.assert_failed(1, &[&shown, "not trusted"]);
+    assert!(!nowhere.exists(), "an export makes no key");
+
+    ground.convert("oci:img:1");
+    assert!(fs::read(&path).unwrap() == signed, "converted again, it is as it was");
+    assert_eq!(ground.run(&["export", "oci:img:1", "oci:out:1"]).code, 0);
+}
+
 #[test]
 fn an_image_root_that_says_something_else_of_its_image_is_not_exported() {
     let ground = Ground::new("export-root");
     let layer = |name: &str, seed| Layer::new([Entry::file(name, noise(seed, 3000))]);
     ground.layout.add("1", &Image::new().layer(&layer("a", 1), Compression::Gzip).layer(&layer("b", 2), Compression::Gzip)).unwrap();
     ground.convert("oci:img:1");
-    let path = below(&ground, "images").remove(0);
-    let good: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    let with = |edit: &dyn Fn(&mut Value)| {
+    let (store, good, path) = root_of(&ground);
+    let key = SigningKey::load_or_create(&ground.scratch.join("state/key.pem")).unwrap();
+    let with = |edit: &dyn Fn(&mut ImageRoot)| {
         let mut root = good.clone();
         edit(&mut root);
-        fs::write(&path, root.to_string()).unwrap();
+        store.put_image(&root, &key).unwrap();
     };
     let shown = path.to_str().unwrap().to_owned();
-    with(&|root| root["config"]["bytes"] = "e30=".into());
+    with(&|root| root.config.bytes = b"{}".to_vec());
     fails(&ground, 6, &[&shown, "the configuration in it has the digest"]);
-    with(&|root| {
-        root["config"]["bytes"] = "e30=".into();
-        root["config"]["digest"] = Sha256::of(b"{}").to_string().into();
-    });
+    with(&|root| root.config = RootConfig::new(b"{}"));
     fails(&ground, 1, &["configuration", "rootfs"]);
-    with(&|root| root["layers"].as_array_mut().unwrap().reverse());
+    with(&|root| root.layers.reverse());
     fails(&ground, 6, &[&shown, "do not belong together"]);
-    with(&|root| drop(root["layers"].as_array_mut().unwrap().pop()));
+    with(&|root| root.layers.truncate(1));
     fails(&ground, 6, &[&shown, "do not belong together"]);
     // Another layer's framing under this layer's name, as nobody but an attacker makes it.
-    let framings: Vec<String> = (0..2).map(|i| good["layers"][i]["framing"].as_str().unwrap().to_owned()).collect();
-    let diff_ids: Vec<String> = (0..2).map(|i| good["layers"][i]["diff_id"].as_str().unwrap().trim_start_matches("sha256:").to_owned()).collect();
+    let framings: Vec<String> = good.layers.iter().map(|layer| layer.framing.to_string()).collect();
+    let diff_ids: Vec<String> = good.layers.iter().map(|layer| layer.diff_id.0.to_string()).collect();
     let file = |diff_id: &str, framing: &str| ground.store().join("layers").join(&diff_id[..2]).join(format!("{diff_id}.{framing}.framing.zst"));
     let forged = file(&diff_ids[0], &framings[1]);
     fs::copy(file(&diff_ids[1], &framings[1]), &forged).unwrap();
-    with(&|root| root["layers"][0]["framing"] = framings[1].clone().into());
+    with(&|root| root.layers[0].framing = root.layers[1].framing);
     fails(&ground, 6, &["layer 1", &diff_ids[0], forged.to_str().unwrap(), "give a tar with the digest", &diff_ids[1]]);
 }
 

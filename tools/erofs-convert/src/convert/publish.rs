@@ -84,7 +84,7 @@ pub(super) fn publish(
         sizes: top.sizes,
         compact: Vec::new(),
     };
-    store.put_image(&root)?;
+    store.put_image(&root, key)?;
     let packs = top.packs.iter().map(|pack| Ok((pack.digest, reuse::pack_len(store, pack.digest)?))).collect::<Result<_, Failure>>()?;
     Ok((root, top.clone(), packs, reused))
 }

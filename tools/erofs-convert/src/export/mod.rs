@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 use slipway::oci::{ChainId, DiffId, Sha256, chain_ids, manifest};
-use slipway::store::{ImageRoot, Store, StoreError};
+use slipway::store::{ImageRoot, Store, StoreError, TrustedRoot};
 
 use crate::convert::Context;
 use crate::failure::Failure;
@@ -58,7 +58,8 @@ impl std::str::FromStr for Target {
 }
 
 /// Writes the image of `root` as an OCI image layout into a new or empty directory.
-pub fn export(context: &Context<'_>, store: &Store, root: &ImageRoot, target: &Target) -> Result<Exported, Failure> {
+pub fn export(context: &Context<'_>, store: &Store, root: &TrustedRoot, target: &Target) -> Result<Exported, Failure> {
+    let root = root.root();
     let config = config(store, root)?;
     let layout = Layout::begin(&target.dir)?;
     let name = |i: usize| format!("layer {} (diff ID {}) of {}", i + 1, root.layers[i].diff_id.0.oci(), root.source);
@@ -78,7 +79,7 @@ pub fn export(context: &Context<'_>, store: &Store, root: &ImageRoot, target: &T
     Ok(exported)
 }
 
-/// The image's configuration. It must be the one of these layers: the image root, which says so, is not signed.
+/// The image's configuration. It must be the one of these layers, whatever its converter signed.
 fn config<'a>(store: &Store, root: &'a ImageRoot) -> Result<&'a [u8], Failure> {
     let config = store.image_config(root)?;
     let diff_ids: Vec<DiffId> = root.layers.iter().map(|layer| layer.diff_id).collect();

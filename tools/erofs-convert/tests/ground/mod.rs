@@ -60,7 +60,7 @@ impl Ground {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_erofs-convert"));
         command.args(args).arg("--store").arg(self.store()).stdin(Stdio::null());
-        if args[0] == "convert" {
+        if ["convert", "export"].contains(&args[0]) {
             command.arg("--state").arg(self.scratch.join("state"));
         }
         command.current_dir(self.scratch.path()).env_remove("SLIPWAY_LOG");

@@ -7,7 +7,7 @@ use erofs_convert::convert::{Context, Options, convert};
 use erofs_convert::export::{Target, export};
 use erofs_convert::progress::Progress;
 use slipway::oci::{Access, Platform, Source};
-use slipway::store::Store;
+use slipway::store::{Store, TrustFiles};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
@@ -43,7 +43,9 @@ impl Way {
         let converted = convert(&context, &options).unwrap_or_else(|failure| panic!("{what}: {}", failure.report()));
         let target = Target { dir: at("out"), tag: None };
         let store = Store::open(&at("store")).unwrap();
-        let exported = export(&context, &store, &converted.root, &target).unwrap_or_else(|failure| panic!("{what}: {}", failure.report()));
+        let trust = TrustFiles(vec![at("key.pub")]).load().unwrap();
+        let root = store.trusted_image(&converted.root, &trust).unwrap();
+        let exported = export(&context, &store, &root, &target).unwrap_or_else(|failure| panic!("{what}: {}", failure.report()));
         let source = config_of(layout);
         assert!(config_of(&target.dir) == source, "{what}: another configuration");
         let config: serde_json::Value = serde_json::from_slice(&source).unwrap();
