@@ -276,15 +276,30 @@ mod tests {
 
     proptest! {
         #[test]
-        fn hostile_names_never_panic(path in "(packs|layers|meta|chains|images|\\PC{0,4})/\\PC{0,3}/\\PC{0,70}(/\\PC{0,70})?(\\.pack|\\.json)?") {
+        fn hostile_names_never_panic(
+            top in "(packs|layers|meta|chains|images|\\PC{0,4})/\\PC{0,3}/(\\PC{0,70}/)?",
+            file in "(\\PC{0,70}|[0-9a-f]{63,65}\\.[0-9a-f]{63,65}|[0-9a-f]{0,3}\\.\\PC{0,9})",
+            end in "(\\.pack|\\.json|\\.tree\\.zst|\\.framing\\.zst|\\.erofs\\.zst|\\.compact|\\.target|\\.zst|)",
+        ) {
+            let path = format!("{top}{file}{end}");
             if let Some(name) = Name::parse(&path) {
                 prop_assert_eq!(name.path(), PathBuf::from(path));
             }
         }
 
         #[test]
-        fn names_round_trip(a: [u8; 32], b: [u8; 32]) {
-            for name in [Name::Pack(Digest(a)), Name::Tree { diff_id: DiffId(Sha256(a)), digest: Digest(b) }, Name::Image { source: Sha256(a), manifest: Sha256(b) }] {
+        fn names_round_trip(a: [u8; 32], b: [u8; 32], c: [u8; 32]) {
+            let (source, manifest, chain) = (Sha256(a), Sha256(b), ChainId(Sha256(c)));
+            for name in [
+                Name::Pack(Digest(a)),
+                Name::Tree { diff_id: DiffId(Sha256(a)), digest: Digest(b) },
+                Name::Framing { diff_id: DiffId(Sha256(a)), digest: Digest(b) },
+                Name::Meta(Digest(a)),
+                Name::Record { chain, digest: Digest(b) },
+                Name::Image { source, manifest },
+                Name::Compact { source, manifest, chain },
+                Name::Target { source, manifest, reference: Sha256(c) },
+            ] {
                 prop_assert_eq!(Name::parse(name.path().to_str().unwrap()), Some(name));
             }
         }
