@@ -125,6 +125,15 @@ impl StoreError {
         Self::from_io(Doing::Writing, path, source)
     }
 
+    /// What a failed read of a file of the store, which is open, means: only one that ends early is damaged, whatever else happens is trouble in
+    /// reaching it.
+    pub fn reading(path: &Path, source: io::Error) -> StoreError {
+        match source.kind() {
+            io::ErrorKind::UnexpectedEof => StoreError::Damaged { path: path.to_owned(), reason: "it ends early".to_owned() },
+            _ => Self::from_io(Doing::Reading, path, source),
+        }
+    }
+
     pub(super) fn from_errno(doing: Doing, path: &Path, errno: Errno) -> StoreError {
         Self::from_io(doing, path, errno.into())
     }
@@ -177,6 +186,16 @@ mod tests {
         ] {
             check(Doing::Reading, errno, reading);
             check(Doing::Writing, errno, writing);
+        }
+    }
+
+    #[test]
+    fn only_a_file_that_ends_early_is_damaged_by_a_failed_read() {
+        let path = Path::new("/store/packs/x");
+        assert!(StoreError::reading(path, io::ErrorKind::UnexpectedEof.into()).is_about_content());
+        for errno in [Errno::IO, Errno::STALE, Errno::TIMEDOUT, Errno::NOMEM] {
+            let error = StoreError::reading(path, errno.into());
+            assert!(matches!(error, StoreError::Unreachable { .. }) && !error.is_about_content(), "{error:?}");
         }
     }
 }

@@ -33,9 +33,9 @@ impl PackFile {
         let damaged = |reason: String| StoreError::Damaged { path: path.clone(), reason };
         let read = |at: u64, len: usize| {
             let mut bytes = vec![0; len];
-            file.read_exact_at(&mut bytes, at).map(|()| bytes).map_err(|e| damaged(e.to_string()))
+            file.read_exact_at(&mut bytes, at).map(|()| bytes).map_err(|e| StoreError::reading(&path, e))
         };
-        let len = file.metadata().map_err(|e| damaged(e.to_string()))?.len();
+        let len = file.metadata().map_err(|e| StoreError::reading(&path, e))?.len();
         let footer_at = len.checked_sub(FOOTER_LEN).ok_or_else(|| damaged("shorter than its footer".to_owned()))?;
         let footer = PackTable::parse_footer(&pack.digest, &read(footer_at, FOOTER_LEN as usize)?);
         let footer = footer.map_err(|e| damaged(e.to_string()))?;
@@ -60,18 +60,29 @@ impl PackFile {
         let damaged = |reason: String| StoreError::Damaged { path: self.path.clone(), reason };
         let (at, len) = self.table.footer().chunk_table();
         let mut bytes = vec![0; len];
-        self.file.read_exact_at(&mut bytes, at).map_err(|e| damaged(e.to_string()))?;
+        self.file.read_exact_at(&mut bytes, at).map_err(|e| StoreError::reading(&self.path, e))?;
         self.table.footer().parse_chunks(&bytes).map_err(|e| damaged(e.to_string()))
     }
 
-    /// Unit `index`, uncompressed; or what is wrong with it.
+    /// Unit `index`, uncompressed; or what is wrong with it, in words.
     pub fn unit(&self, index: u32) -> Result<Vec<u8>, String> {
-        let entry = self.table.unit(index).ok_or_else(|| format!("pack {} has no unit {index}", self.path.display()))?;
-        let failed = |error: &dyn std::fmt::Display| format!("unit {index} of pack {}: {error}", self.path.display());
+        self.read_unit(index).map_err(|error| {
+            let reason = match error {
+                StoreError::Damaged { reason, .. } => reason,
+                StoreError::Unreachable { source, .. } => source.to_string(),
+                error => error.to_string(),
+            };
+            format!("unit {index} of pack {}: {reason}", self.path.display())
+        })
+    }
+
+    fn read_unit(&self, index: u32) -> Result<Vec<u8>, StoreError> {
+        let damaged = |reason: String| StoreError::Damaged { path: self.path.clone(), reason };
+        let entry = self.table.unit(index).ok_or_else(|| damaged(format!("it has no unit {index}")))?;
         let mut stored = vec![0; entry.stored_len as usize];
-        self.file.read_exact_at(&mut stored, entry.offset).map_err(|e| failed(&e))?;
+        self.file.read_exact_at(&mut stored, entry.offset).map_err(|e| StoreError::reading(&self.path, e))?;
         let mut unit = vec![0; self.table.unit_len(index)];
-        decode_unit(entry, &stored, &mut unit).map_err(|e| failed(&e))?;
+        decode_unit(entry, &stored, &mut unit).map_err(|e| damaged(e.to_string()))?;
         Ok(unit)
     }
 }
@@ -98,11 +109,11 @@ impl<F: FnMut(&PackRef) -> Result<PackFile, StoreError>> BlockReader<F> {
         };
         let (index, first) = (block / pack.unit_bits.blocks(), block % pack.unit_bits.blocks());
         if blocks == pack.unit_bits.blocks() {
-            return file.unit(index).map_err(io::Error::other);
+            return file.read_unit(index).map_err(io::Error::other);
         }
         let unit = match &mut self.unit {
             Some((of, number, bytes)) if *of == pack.digest && *number == index => bytes,
-            other => &mut other.insert((pack.digest, index, file.unit(index).map_err(io::Error::other)?)).2,
+            other => &mut other.insert((pack.digest, index, file.read_unit(index).map_err(io::Error::other)?)).2,
         };
         let range = u64::from(first) * BLOCK_SIZE..u64::from(first + blocks) * BLOCK_SIZE;
         let bytes = unit.get(range.start as usize..range.end as usize);
