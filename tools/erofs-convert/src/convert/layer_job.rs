@@ -20,7 +20,7 @@ use crate::layer::{ConvertError, Converted, Elsewhere, LayerOptions, PackSink, S
 use crate::leftovers::Leftovers;
 use crate::pack_file::{BlockReader, PackFile};
 use crate::pipe;
-use crate::progress::{LayerProgress, layer_title};
+use crate::progress::{LayerProgress, bytes, layer_title};
 use crate::stop::{self, StoppableReader, Stopped};
 use crate::unpack::Unpack;
 
@@ -84,18 +84,21 @@ impl<'a> LayerJob<'a> {
     pub(super) fn settle(&self, waiting: &mut Waiting<'_>, below: Elsewhere<'_>) -> Result<(), Failure> {
         let Waiting { number, layer, converted, packs, .. } = waiting;
         let failed = |error| layer_failure(self.image, *number, layer, error);
-        let mut sink = self.sink();
         let before = Before { chunks: &converted.chunks, places: &converted.places, own: &converted.own };
+        let shared = self.stages.time(Stage::Cut, || before.shared(below));
+        let Some(shared) = shared.map_err(|source| failed(ConvertError::Store { source }))? else { return Ok(()) };
+        let title = layer_title(*number, self.image.layers.len(), layer.digest);
+        self.context.progress.say(&format!("{title}: packing again without {} that layers below it have", bytes(shared.bytes())));
+        let mut sink = self.sink();
         let mut reader = BlockReader::new(|pack: &PackRef| {
             let temp = packs.iter().find(|(_, name)| *name == pack.digest).map(|(temp, _)| &temp.0).expect("it was made just now");
-            let file = temp.file().try_clone().map_err(|error| StoreError::writing(temp.path(), error))?;
+            let file = temp.file().try_clone().map_err(|error| StoreError::reading(temp.path(), error))?;
             PackFile::of(file, temp.path().to_owned(), pack)
         });
         let read = |pack: &PackRef, block, blocks| {
             if self.stop.is_cancelled() { Err(io::Error::other(Stopped)) } else { reader.read(pack, block, blocks) }
         };
-        let moves = self.stages.time(Stage::Cut, || before.settle(below, &mut sink, &self.options(), read));
-        let Some(moves) = moves.map_err(failed)? else { return Ok(()) };
+        let moves = self.stages.time(Stage::Cut, || before.without(&shared, &mut sink, &self.options(), read)).map_err(failed)?;
         drop(reader);
         converted.tree = moves.tree(std::mem::take(&mut converted.tree)).map_err(failed)?;
         moves.places(&mut converted.places);

@@ -162,8 +162,8 @@ fn image(layers: &[Vec<(String, Vec<u8>)>]) -> (Vec<LayerTree>, Vec<Vec<u8>>, Me
         let converted = convert_layer_framed(&archive(files)[..], &mut first, Vec::new(), &options(2)).unwrap();
         let Converted { mut tree, framing, mut places, own, chunks } = converted;
         let before = settle::Before { chunks: &chunks, places: &places, own: &own };
-        let moves = before.settle(Elsewhere { known: &shelf, max_packs: 9 }, &mut again, &options(2), blocks_of(&first)).unwrap();
-        if let Some(moves) = moves {
+        if let Some(shared) = before.shared(Elsewhere { known: &shelf, max_packs: 9 }).unwrap() {
+            let moves = before.without(&shared, &mut again, &options(2), blocks_of(&first)).unwrap();
             tree = moves.tree(tree).unwrap();
             moves.places(&mut places);
             saved += size(&own) - size(&moves.own);
@@ -192,6 +192,15 @@ fn a_layer_loses_what_the_layers_below_have_and_nothing_else() {
     // Files 28 and 29 are no run worth it, and neither are 30 to 34 after the others, which are in another pack.
     assert!(saved >= bytes(&seeds[5..25]) + bytes(&seeds[10..30]), "{saved}");
     assert_eq!(trees.iter().map(|tree| tree.packs.len()).collect::<Vec<_>>(), [1, 2, 2]);
+}
+
+#[test]
+fn a_layer_of_which_little_is_below_stays_as_it_was_packed() {
+    let shared = files(&(0..16).collect::<Vec<u8>>());
+    let size = shared.iter().map(|(_, bytes)| bytes.len().next_multiple_of(4096)).sum::<usize>();
+    let saved = |more: usize| image(&[shared.clone(), shared.iter().cloned().chain([("large".to_owned(), noise(200, size * more))]).collect()]).3;
+    assert!(saved(1) >= size as u64);
+    assert_eq!(saved(17), 0, "it is not worth compressing all the rest again");
 }
 
 proptest! {
