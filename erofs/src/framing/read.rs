@@ -120,7 +120,12 @@ impl<R: BufRead> FramingReader<R> {
         while self.next()?.is_some() {}
         let mut packs: Vec<PackRef> = Vec::new();
         let mut names = HashSet::new();
-        for _ in 0..self.number()? {
+        let count = self.number()?;
+        // Every pack is of use to some chunk: so what is kept of the list is not more than what came before it accounts for.
+        if count > u64::from(self.seen) {
+            return Err(self.malformed("a pack is listed that no chunk is in"));
+        }
+        for _ in 0..count {
             let digest = Digest(self.array()?);
             let blocks = u32::try_from(self.number()?).map_err(|_| self.malformed("a pack is too long"))?;
             if !names.insert(digest) {

@@ -199,8 +199,12 @@ fn bytes_that_are_no_framing_are_refused() {
     check(&end(1, &[&[7; 32], &[5], &[1, 0]]), "in order of first use");
     check(&end(1, &[&[7; 32], &[5], &[0, 10]]), "outside its pack");
     check(&end(1, &[&[7; 32], &[5], &[0, 1]]), "outside its pack");
-    check(&end(2, &[&[7; 32], &[5], &[7; 32], &[5], &[0, 0]]), "listed twice");
+    let two = [&named[..5], &named].concat();
+    check(&[&two[..], &[2], &[7; 32], &[5], &[7; 32], &[5]].concat(), "listed twice");
+    check(&[&two[..], &[2], &[7; 32], &[5], &[8; 32], &[5], &[0, 0, 0, 0]].concat(), "that no chunk is in");
+    // Refused by its length, whatever follows.
     check(&end(2, &[&[7; 32], &[5], &[8; 32], &[5], &[0, 0]]), "that no chunk is in");
+    check(&[&named[..], &number(u64::MAX)].concat(), "that no chunk is in");
     check(&end(1, &[&[7; 32], &number(1 << 32), &[0, 0]]), "too long");
 }
 
