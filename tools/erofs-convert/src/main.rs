@@ -33,6 +33,10 @@ fn main() -> ExitCode {
         Show::None => Progress::Silent,
     };
     uapi::process::limit_malloc_arenas(MALLOC_ARENAS);
+    // Layers that wait for those below them keep their packs open, and 1024 files are soon too few. Should it stay at that, most images convert.
+    if let Err(error) = uapi::process::raise_open_file_limit() {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
