@@ -194,7 +194,8 @@ fn convert_layers<'a>(
     let LayerJob { context, image, store, stop, .. } = *job;
     if !todo.is_empty() {
         let dictionary = Dictionary::open(store, reach, LayerOptions::default().unit_bits, &options.state, context.progress, stop)?;
-        let elsewhere = Elsewhere { known: &dictionary, max_packs: room::share(finished, &todo) };
+        let is_named = |diff_id: &DiffId, files| reach.files(diff_id).any(|named| named == files);
+        let elsewhere = Elsewhere { known: &dictionary, max_packs: room::share(image, finished, is_named) };
         let job = LayerJob { elsewhere, ..*job };
         let settling = Settling::new(&job, finished, todo.iter().map(|(number, _)| *number));
         let begun = begin_order(todo, options.jobs);
@@ -206,7 +207,11 @@ fn convert_layers<'a>(
     if !crowded.is_empty() {
         context.progress.say(&format!("the image refers to too many packs: converting {} layers without the packs of others", crowded.len()));
         let alone = |(number, layer): (usize, &'a SourceLayer)| Ok((layer.diff_id, job.publish(job.convert(number, layer)?)?));
-        finished.extend(in_parallel(options.jobs, crowded, stop, alone)?);
+        for (diff_id, mut layer) in in_parallel(options.jobs, crowded, stop, alone)? {
+            // What the first attempt put into the store stays there.
+            layer.new_packs.extend(finished.remove(&diff_id).into_iter().flat_map(|before| before.new_packs));
+            finished.insert(diff_id, layer);
+        }
     }
     Ok(())
 }
