@@ -13,7 +13,7 @@
 mod files;
 mod segment;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -61,7 +61,27 @@ pub struct Dictionary<'a> {
 #[derive(Default)]
 struct Tables {
     open: HashMap<Digest, Option<Arc<ChunkTable>>>,
+    /// The packs, in the order their tables came.
+    order: VecDeque<Digest>,
     chunks: usize,
+}
+
+impl Tables {
+    /// Keeps a table; those that came first go when there are too many chunks.
+    fn keep(&mut self, pack: Digest, table: Option<Arc<ChunkTable>>, max_chunks: usize) {
+        let count = |table: &Option<Arc<ChunkTable>>| table.as_ref().map_or(0, |table| table.chunks().count());
+        let more = count(&table);
+        if self.open.insert(pack, table).is_some() {
+            // Another thread read it as well.
+            return;
+        }
+        self.order.push_back(pack);
+        self.chunks += more;
+        while self.chunks > max_chunks && self.order.len() > 1 {
+            let first = self.order.pop_front().and_then(|first| self.open.remove(&first));
+            self.chunks -= first.as_ref().map_or(0, count);
+        }
+    }
 }
 
 impl<'a> Dictionary<'a> {
@@ -154,18 +174,14 @@ impl Known for Dictionary<'_> {
 
     fn table(&self, pack: &Digest) -> io::Result<Option<Arc<ChunkTable>>> {
         let Some(pack) = self.packs.get(pack) else { return Ok(None) };
-        let mut tables = self.tables.lock().expect("no panic while it is held");
-        if let Some(table) = tables.open.get(&pack.digest) {
+        let tables = || self.tables.lock().expect("no panic while it is held");
+        if let Some(table) = tables().open.get(&pack.digest) {
             return Ok(table.clone());
         }
+        // Not under the lock: other layers go on with the tables they have while the store answers.
         let chunks = read_table(self.store, pack).map_err(io::Error::other)?;
         let table = chunks.map(|chunks| Arc::new(ChunkTable::new(*pack, chunks)));
-        let count = table.as_ref().map_or(0, |table| table.chunks().count());
-        if tables.chunks + count > MAX_OPEN {
-            *tables = Tables::default();
-        }
-        tables.chunks += count;
-        tables.open.insert(pack.digest, table.clone());
+        tables().keep(pack.digest, table.clone(), MAX_OPEN);
         Ok(table)
     }
 }

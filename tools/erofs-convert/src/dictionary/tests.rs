@@ -92,3 +92,19 @@ fn packs_of_another_unit_size_are_of_no_use() {
         assert_eq!(found, expected.map(|pack| pack.map(|pack| pack.digest)));
     }
 }
+
+#[test]
+fn tables_that_came_first_make_room_for_others() {
+    let table = |number: u8, chunks: u32| {
+        let pack = PackRef { digest: Digest([number; 32]), blocks: chunks, unit_bits: UnitBits::MIN };
+        let entry = |block| ChunkEntry { digest: Digest([0; 32]), block, blocks: 1 };
+        (pack.digest, Some(Arc::new(ChunkTable::new(pack, (0..chunks).map(entry).collect()))))
+    };
+    let mut tables = Tables::default();
+    for (number, chunks, expected) in [(1, 4, &[1][..]), (2, 5, &[1, 2]), (2, 5, &[1, 2]), (3, 2, &[2, 3]), (4, 99, &[4]), (5, 1, &[5])] {
+        let (pack, of_pack) = table(number, chunks);
+        tables.keep(pack, of_pack, 10);
+        assert_eq!(tables.order, expected.iter().map(|number| Digest([*number; 32])).collect::<Vec<_>>());
+        assert_eq!(tables.chunks, tables.open.values().flatten().map(|table| table.chunks().count()).sum::<usize>());
+    }
+}
