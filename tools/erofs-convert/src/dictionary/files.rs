@@ -1,8 +1,8 @@
 //! Segments in the state directory: found, added, merged.
 //!
 //! They spare work and are never needed: a file that is damaged, of another program or of a newer version is thrown away, and when a segment
-//! cannot be written it is used from memory for this once. One converter at a time changes the directory, who holds the lock; another leaves it
-//! as it is and keeps what it adds to itself. Files are never changed: they get their name when they are complete and lose it when their content is
+//! cannot be written it is used from memory for this once. One converter at a time has the directory, who holds the lock; another waits, and finds
+//! then what the first has read from the store. Files are never changed: they get their name when they are complete and lose it when their content is
 //! in another, and who has one mapped goes on with it.
 
 use std::cmp::Reverse;
@@ -11,8 +11,11 @@ use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use erofs::digest::Digest;
+use tokio_util::sync::CancellationToken;
 use uapi::mapping::Mapping;
 
 use super::segment::{Bytes, MAX_ENTRIES, Segment, write};
@@ -20,6 +23,9 @@ use super::segment::{Bytes, MAX_ENTRIES, Segment, write};
 /// A segment is merged with those that come after it when they have more than one in so many of its entries. So an entry is copied a
 /// few times at most while a store grows a thousandfold, and there are not more segments than a look-up may ask.
 const RATIO: u64 = 4;
+
+/// A lock that is waited for is tried this often: the kernel's own wait would not end when the user wants to stop.
+const LOCK_EVERY: Duration = Duration::from_millis(50);
 
 const SUFFIX: &str = "segment";
 const UNFINISHED: &str = "unfinished";
@@ -34,9 +40,9 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// The segments in `dir`, which is made if need be.
-    pub fn open(dir: &Path) -> Files {
-        let lock = take_lock(dir).unwrap_or_else(|error| {
+    /// The segments in `dir`, which is made if need be. Says so when it has to wait for another converter, and does not wait once told to `stop`.
+    pub fn open(dir: &Path, stop: &CancellationToken, say_waiting: impl FnOnce()) -> Files {
+        let lock = take_lock(dir, stop, say_waiting).unwrap_or_else(|error| {
             tracing::warn!(dir = %dir.display(), %error, "what is learned about the store's chunks cannot be kept");
             None
         });
@@ -127,14 +133,21 @@ impl Files {
     }
 }
 
-/// Makes the directory and takes its lock; `None` if another converter has it.
-fn take_lock(dir: &Path) -> io::Result<Option<File>> {
+/// Makes the directory and takes its lock; `None` if another converter has it and this one is told to stop.
+fn take_lock(dir: &Path, stop: &CancellationToken, say_waiting: impl FnOnce()) -> io::Result<Option<File>> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     let lock = OpenOptions::new().create(true).append(true).open(dir.join("lock"))?;
-    match lock.try_lock() {
-        Ok(()) => Ok(Some(lock)),
-        Err(fs::TryLockError::WouldBlock) => Ok(None),
-        Err(fs::TryLockError::Error(error)) => Err(error),
+    let mut say_waiting = Some(say_waiting);
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok(Some(lock)),
+            Err(fs::TryLockError::WouldBlock) if stop.is_cancelled() => return Ok(None),
+            Err(fs::TryLockError::WouldBlock) => {
+                say_waiting.take().into_iter().for_each(|say| say());
+                thread::sleep(LOCK_EVERY);
+            }
+            Err(fs::TryLockError::Error(error)) => return Err(error),
+        }
     }
 }
 
@@ -203,6 +216,10 @@ mod tests {
         Segment::build(vec![(Digest([pack; 32]), chunks.collect())])
     }
 
+    fn open(dir: &Path) -> Files {
+        Files::open(dir, &CancellationToken::new(), || unreachable!("nobody else has it"))
+    }
+
     fn names(dir: &Path) -> Vec<String> {
         let mut names: Vec<String> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         names.retain(|name| name != "lock");
@@ -230,13 +247,13 @@ mod tests {
         for (pack, chunks, expected) in
             [(1, 0..10_000, vec![10_000]), (2, 0..100, vec![10_000, 100]), (3, 50..200, vec![10_000, 250]), (4, 0..3000, vec![13_250])]
         {
-            let mut files = Files::open(&dir);
+            let mut files = open(&dir);
             files.add(segment(pack, chunks));
             files.merge(|_| true);
             assert_eq!(files.segments().map(Segment::len).collect::<Vec<_>>(), expected);
             assert_eq!(names(&dir).len(), expected.len());
         }
-        let files = Files::open(&dir);
+        let files = open(&dir);
         for (chunk, expected) in [(0, vec![1, 2, 4]), (60, vec![1, 2, 3, 4]), (199, vec![1, 3, 4]), (5000, vec![1]), (10_000, vec![])] {
             assert_eq!(places(&files, chunk), expected, "{chunk}");
         }
@@ -245,7 +262,7 @@ mod tests {
     #[test]
     fn packs_that_are_not_wanted_any_more_go_with_the_next_merge() {
         let dir = tempfile::tempdir().unwrap();
-        let mut files = Files::open(dir.path());
+        let mut files = open(dir.path());
         for pack in 1..4 {
             files.add(segment(pack, 0..100));
         }
@@ -259,7 +276,7 @@ mod tests {
     #[test]
     fn what_is_no_segment_is_thrown_away_and_nothing_else_is() {
         let dir = tempfile::tempdir().unwrap();
-        Files::open(dir.path()).add(segment(1, 0..100));
+        open(dir.path()).add(segment(1, 0..100));
         let good = names(dir.path());
         let write = |name: &str, bytes: &[u8]| {
             fs::write(dir.path().join(name), bytes).unwrap();
@@ -273,17 +290,19 @@ mod tests {
         write("notes", b"of the administrator");
         // One that could still be written is not mapped.
         fs::write(dir.path().join("open.segment"), &whole).unwrap();
-        let files = Files::open(dir.path());
+        let files = open(dir.path());
         assert_eq!(files.segments().count(), 1);
         assert_eq!(names(dir.path()), [&good[..], &["notes".to_owned()]].concat());
     }
 
     #[test]
-    fn who_comes_second_keeps_to_itself_and_both_have_everything() {
+    fn who_does_not_wait_for_the_lock_keeps_to_itself_and_both_have_everything() {
         let dir = tempfile::tempdir().unwrap();
-        let mut one = Files::open(dir.path());
+        let mut one = open(dir.path());
         one.add(segment(1, 0..100));
-        let mut two = Files::open(dir.path());
+        let stop = CancellationToken::new();
+        stop.cancel();
+        let mut two = Files::open(dir.path(), &stop, || unreachable!("it does not wait"));
         two.add(segment(2, 0..100));
         two.merge(|_| true);
         assert_eq!(names(dir.path()).len(), 1);
@@ -292,14 +311,31 @@ mod tests {
         one.merge(|_| true);
         drop(one);
         assert_eq!(places(&two, 7), [1, 2], "a segment goes on to be used when its file is gone");
-        assert_eq!(places(&Files::open(dir.path()), 7), [1, 3]);
+        assert_eq!(places(&open(dir.path()), 7), [1, 3]);
+    }
+
+    #[test]
+    fn who_comes_second_waits_and_finds_what_the_first_added() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut one = open(dir.path());
+        let (waits, waiting) = std::sync::mpsc::channel();
+        thread::scope(|scope| {
+            let two = scope.spawn(|| Files::open(dir.path(), &CancellationToken::new(), move || waits.send(()).unwrap()));
+            waiting.recv().unwrap();
+            one.add(segment(1, 0..100));
+            drop(one);
+            let mut two = two.join().unwrap();
+            assert_eq!(places(&two, 7), [1]);
+            two.add(segment(2, 0..100));
+        });
+        assert_eq!(names(dir.path()).len(), 2);
     }
 
     #[test]
     fn a_directory_that_cannot_be_used_costs_only_what_it_would_have_spared() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), b"").unwrap();
-        let mut files = Files::open(&dir.path().join("file/dir"));
+        let mut files = open(&dir.path().join("file/dir"));
         files.add(segment(1, 0..100));
         files.add(segment(2, 0..100));
         files.merge(|_| true);

@@ -102,7 +102,8 @@ impl<'a> Dictionary<'a> {
     ) -> Result<Dictionary<'a>, Failure> {
         let packs = reach.packs().filter(|pack| pack.unit_bits == unit_bits).map(|pack| (pack.digest, *pack)).collect();
         let mut dictionary = Dictionary { packs, ..Dictionary::empty(store, unit_bits) };
-        let mut files = Files::open(&state.join("dictionary").join(store.id()));
+        let say_waiting = || progress.say("waiting for another conversion, which gathers what the store holds");
+        let mut files = Files::open(&state.join("dictionary").join(store.id()), stop, say_waiting);
         let mut missing = dictionary.packs.clone();
         for pack in files.segments().flat_map(Segment::packs) {
             missing.remove(&pack);
