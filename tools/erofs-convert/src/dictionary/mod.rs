@@ -47,6 +47,9 @@ const BATCH: usize = 2 << 20;
 /// to are rarely more than this.
 const MAX_OPEN: usize = 2 << 20;
 
+/// Packs offered for one chunk, besides those that are preferred: the first by name. A file that every image has may be in every pack of the store.
+const MAX_OTHERS: usize = 8;
+
 /// Chunks of some packs of a store.
 pub struct Dictionary<'a> {
     store: &'a Store,
@@ -158,15 +161,24 @@ fn read_table(store: &Store, pack: &PackRef) -> Result<Option<Vec<ChunkEntry>>, 
 }
 
 impl Known for Dictionary<'_> {
-    fn candidates(&self, digest: &Digest) -> Vec<(Digest, u32)> {
-        let mut found = Vec::new();
+    fn candidates(&self, digest: &Digest, is_preferred: &dyn Fn(&Digest) -> bool) -> Vec<(Digest, u32)> {
+        let (mut found, mut others) = (Vec::new(), Vec::with_capacity(MAX_OTHERS + 1));
         for segment in &self.segments {
             segment.look_up(digest, &mut |pack, block| {
-                if self.packs.contains_key(&pack) {
-                    found.push((pack, block));
+                let place = (pack, block);
+                if is_preferred(&pack) {
+                    found.push(place);
+                } else if (others.len() < MAX_OTHERS || others.last().is_some_and(|last| place < *last))
+                    && self.packs.contains_key(&pack)
+                    && let Err(at) = others.binary_search(&place)
+                {
+                    others.insert(at, place);
+                    others.truncate(MAX_OTHERS);
                 }
             });
         }
+        found.retain(|(pack, _)| self.packs.contains_key(pack));
+        found.extend(others);
         found.sort_unstable();
         // A pack may be in two segments when two converters add it at once.
         found.dedup();

@@ -56,9 +56,9 @@ fn chunks_are_found_in_every_pack_that_was_added() {
     dictionary.add(&[b], &CancellationToken::new()).unwrap();
     let mut expected = [(a.digest, 32), (b.digest, 0)];
     expected.sort_unstable();
-    assert_eq!(dictionary.candidates(&Digest::of(&chunk(3))), expected);
-    assert_eq!(dictionary.candidates(&Digest::of(&chunk(1))), [(a.digest, 0)]);
-    assert_eq!(dictionary.candidates(&Digest::of(&chunk(9))), []);
+    assert_eq!(dictionary.candidates(&Digest::of(&chunk(3)), &|_| false), expected);
+    assert_eq!(dictionary.candidates(&Digest::of(&chunk(1)), &|_| false), [(a.digest, 0)]);
+    assert_eq!(dictionary.candidates(&Digest::of(&chunk(9)), &|_| false), []);
     assert_eq!(dictionary.table(&a.digest).unwrap().unwrap().chunks().count(), 3);
     assert!(dictionary.table(&other.digest).unwrap().is_none(), "nobody vouched for it");
 }
@@ -70,13 +70,13 @@ fn a_pack_that_cannot_be_used_is_not_referred_to() {
     let mut dictionary = Dictionary::empty(&shelf.store, UnitBits::MIN);
     fs::remove_file(shelf.path(&packs[0])).unwrap();
     dictionary.add(&packs, &CancellationToken::new()).unwrap();
-    assert_eq!(dictionary.candidates(&Digest::of(&chunk(1))), []);
+    assert_eq!(dictionary.candidates(&Digest::of(&chunk(1)), &|_| false), []);
     // Damaged since it was looked at: the table in the pack counts.
     let mut bytes = fs::read(shelf.path(&packs[1])).unwrap();
     let table = bytes.len() - 8192;
     bytes[table] ^= 1;
     fs::write(shelf.path(&packs[1]), bytes).unwrap();
-    assert_eq!(dictionary.candidates(&Digest::of(&chunk(2))).len(), 1);
+    assert_eq!(dictionary.candidates(&Digest::of(&chunk(2)), &|_| false).len(), 1);
     assert!(dictionary.table(&packs[1].digest).unwrap().is_none());
     assert!(dictionary.table(&packs[2].digest).unwrap().is_some());
 }
@@ -88,7 +88,7 @@ fn packs_of_another_unit_size_are_of_no_use() {
     for (unit_bits, expected) in [(UnitBits::MIN, [Some(small), None]), (UnitBits::MAX, [Some(large), Some(large)]), (UnitBits::DEFAULT, [None; 2])] {
         let mut dictionary = Dictionary::empty(&shelf.store, unit_bits);
         dictionary.add(&[small, large], &CancellationToken::new()).unwrap();
-        let found = [1, 2].map(|number| dictionary.candidates(&Digest::of(&chunk(number))).first().map(|(pack, _)| *pack));
+        let found = [1, 2].map(|number| dictionary.candidates(&Digest::of(&chunk(number)), &|_| false).first().map(|(pack, _)| *pack));
         assert_eq!(found, expected.map(|pack| pack.map(|pack| pack.digest)));
     }
 }
@@ -107,4 +107,21 @@ fn tables_that_came_first_make_room_for_others() {
         assert_eq!(tables.order, expected.iter().map(|number| Digest([*number; 32])).collect::<Vec<_>>());
         assert_eq!(tables.chunks, tables.open.values().flatten().map(|table| table.chunks().count()).sum::<usize>());
     }
+}
+
+#[test]
+fn of_many_packs_with_a_chunk_the_first_are_offered_and_those_that_are_preferred() {
+    let shelf = Shelf::new();
+    let mut packs: Vec<PackRef> = (10..30).map(|number| shelf.put(&[1, number])).collect();
+    let mut dictionary = Dictionary::empty(&shelf.store, UnitBits::MIN);
+    for some in packs.chunks(7) {
+        dictionary.add(some, &CancellationToken::new()).unwrap();
+    }
+    packs.sort_unstable_by_key(|pack| pack.digest);
+    let offered = |preferred: &[usize]| {
+        let found = dictionary.candidates(&Digest::of(&chunk(1)), &|pack| preferred.iter().any(|at| packs[*at].digest == *pack));
+        found.iter().map(|(pack, _)| packs.iter().position(|of| of.digest == *pack).unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(offered(&[]), (0..MAX_OTHERS).collect::<Vec<_>>());
+    assert_eq!(offered(&[19, 3]), (0..MAX_OTHERS + 1).chain([19]).collect::<Vec<_>>());
 }

@@ -9,8 +9,9 @@ use erofs::pack::ChunkEntry;
 
 /// Knows chunks of packs that exist. What it says must not change while a layer is converted, or the result would depend on the moment.
 pub trait Known: Sync {
-    /// Places where the chunk may be: names of packs and first blocks, in that order. A hint: only the pack's own table counts.
-    fn candidates(&self, digest: &Digest) -> Vec<(Digest, u32)>;
+    /// Places where the chunk may be: names of packs and first blocks, in that order; all those in packs that are preferred, and some others. A hint: only
+    /// the pack's own table counts.
+    fn candidates(&self, digest: &Digest, is_preferred: &dyn Fn(&Digest) -> bool) -> Vec<(Digest, u32)>;
 
     /// The verified chunk table of a pack that was given as a candidate; `None` if it cannot be used.
     fn table(&self, pack: &Digest) -> io::Result<Option<Arc<ChunkTable>>>;
@@ -34,7 +35,7 @@ impl Elsewhere<'static> {
 struct Nothing;
 
 impl Known for Nothing {
-    fn candidates(&self, _: &Digest) -> Vec<(Digest, u32)> {
+    fn candidates(&self, _: &Digest, _: &dyn Fn(&Digest) -> bool) -> Vec<(Digest, u32)> {
         Vec::new()
     }
 

@@ -81,7 +81,7 @@ impl<'k, T> Runs<'k, T> {
     /// Takes the next piece; gives to `decided` what is decided now.
     pub fn push(&mut self, item: T, digest: &Digest, blocks: u32, decided: &mut Vec<Decided<T>>) -> io::Result<()> {
         let bytes = u64::from(blocks) * BLOCK_SIZE;
-        let candidates = self.elsewhere.known.candidates(digest);
+        let candidates = self.elsewhere.known.candidates(digest, &|pack| self.runs.contains_key(pack) || self.used.contains(pack));
         let found = match self.continued(&candidates, digest, blocks)? {
             Some(found) => Some(found),
             None => self.begun(&candidates, digest, blocks)?.inspect(|found| {
@@ -202,7 +202,7 @@ mod tests {
     }
 
     impl Known for Packs {
-        fn candidates(&self, wanted: &Digest) -> Vec<(Digest, u32)> {
+        fn candidates(&self, wanted: &Digest, _: &dyn Fn(&Digest) -> bool) -> Vec<(Digest, u32)> {
             let at = |(pack, chunks): &(u8, Vec<u32>)| {
                 let found = chunks.iter().enumerate().filter(|(_, chunk)| digest(**chunk) == *wanted);
                 found.map(|(i, _)| (Digest([*pack; 32]), i as u32 * 16)).collect::<Vec<_>>()

@@ -30,7 +30,7 @@ impl Shelf {
 }
 
 impl Known for Shelf {
-    fn candidates(&self, digest: &Digest) -> Vec<(Digest, u32)> {
+    fn candidates(&self, digest: &Digest, _: &dyn Fn(&Digest) -> bool) -> Vec<(Digest, u32)> {
         self.places.get(digest).cloned().unwrap_or_default()
     }
 
