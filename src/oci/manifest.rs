@@ -15,6 +15,10 @@ pub const MAX_MANIFEST: u64 = 4 << 20;
 /// Largest image configuration, as containerd (8 MiB).
 pub const MAX_CONFIG: u64 = 8 << 20;
 
+/// Most layers of an image. Overlayfs stacks 500 at most (`OVL_MAX_STACK` in `fs/overlayfs/params.h`), so an image of more runs nowhere;
+/// Docker makes none of more than 127. A manifest has room for 27 000, and every prefix of the layers takes a record.
+pub const MAX_LAYERS: usize = 500;
+
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
@@ -238,6 +242,10 @@ pub fn describe(what: &str, manifest: &ImageManifest, config_bytes: &[u8]) -> Re
     if manifest.layers().len() != diff_ids.len() {
         return Err(malformed(format!("it has {} diff IDs for the manifest's {} layers", diff_ids.len(), manifest.layers().len())));
     }
+    if diff_ids.len() > MAX_LAYERS {
+        let reason = format!("it has {} layers, and no image of more than {MAX_LAYERS} can be run; build it with fewer", diff_ids.len());
+        return Err(OciError::Unsupported { what: what.to_owned(), reason });
+    }
     let chains = chain_ids(&diff_ids);
     let layer = |((descriptor, diff_id), chain_id): ((&Descriptor, DiffId), _)| {
         let media_type = descriptor.media_type().to_string();
@@ -370,6 +378,17 @@ mod tests {
             let message = described(layers, config).unwrap_err();
             assert!(message.contains(part) && message.contains("app:1"), "{message}");
         }
+    }
+
+    #[test]
+    fn an_image_of_more_layers_than_can_be_stacked_is_refused() {
+        let described = |count: usize| {
+            let ids: Vec<String> = (0..count).map(|number| Sha256::of(&number.to_le_bytes()).oci()).collect();
+            described(&vec![LAYER_TYPES[0]; count], json!({"rootfs": {"type": "layers", "diff_ids": ids}}))
+        };
+        assert_eq!(described(MAX_LAYERS).map(|(_, layers)| layers.len()), Ok(MAX_LAYERS));
+        let message = described(MAX_LAYERS + 1).unwrap_err();
+        assert!(["app:1", "501 layers", "more than 500", "build it with fewer"].iter().all(|part| message.contains(part)), "{message}");
     }
 
     #[test]

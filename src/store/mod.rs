@@ -153,6 +153,16 @@ impl Store {
         open::file_len(&self.root, &path, &self.shown(&path))
     }
 
+    /// Fails if what is to be published is longer than readers take.
+    fn check_size(&self, name: &Name, bytes: &[u8], max: u64) -> Result<(), StoreError> {
+        if bytes.len() as u64 <= max {
+            return Ok(());
+        }
+        let reason =
+            format!("it takes {} bytes, and nobody reads more than {max}; the image has too many layers or too large a configuration", bytes.len());
+        Err(StoreError::TooLarge { path: self.shown(&name.path()), reason })
+    }
+
     /// Reads a small file whole.
     fn read_small(&self, path: &Path, max: u64) -> Result<Vec<u8>, StoreError> {
         let shown = self.shown(path);

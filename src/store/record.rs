@@ -244,9 +244,11 @@ impl Store {
         assert_eq!(payload.key, key.public().id(), "a payload names the key that signs it");
         let raw = payload.encode();
         let digest = Digest::of(&raw);
+        let (name, record) = (Name::Record { chain: payload.chain, digest }, Envelope::seal(&raw, key));
+        self.check_size(&name, &record, MAX_JSON)?;
         let mut temp = self.temp()?;
-        std::io::Write::write_all(&mut temp, &Envelope::seal(&raw, key)).map_err(|error| StoreError::writing(temp.path(), error))?;
-        let published = self.publish(temp, &Name::Record { chain: payload.chain, digest })?;
+        std::io::Write::write_all(&mut temp, &record).map_err(|error| StoreError::writing(temp.path(), error))?;
+        let published = self.publish(temp, &name)?;
         self.remove(&layout::records_of(&payload.chain).join(layout::tombstone(&digest)))?;
         Ok(published)
     }
@@ -506,6 +508,22 @@ mod tests {
         let newest = Payload { fold_version: FOLD_VERSION + 1, key: newer.key.public().id(), ..payload.clone() };
         newer.store.put_record(&newest, &newer.key).unwrap();
         assert_eq!(newer.store.find(&payload.chain, &newer.trust()).unwrap(), None);
+    }
+
+    /// Or it would be a record that every reader passes over.
+    #[test]
+    fn a_record_longer_than_readers_take_is_not_written() {
+        let sample = Sample::new();
+        let payload = sample.publish(&layers("a", 1)).remove(0);
+        let signed = |padding: usize| Payload { tool: "x".repeat(padding), ..payload.clone() };
+        let shorter = signed(760_000);
+        sample.store.put_record(&shorter, &sample.key).unwrap();
+        assert!(sample.store.records(&payload.chain, &sample.trust()).unwrap().any(|found| found.unwrap().payload == shorter));
+        let error = sample.store.put_record(&signed(800_000), &sample.key).unwrap_err();
+        assert!(matches!(error, StoreError::TooLarge { .. }), "{error}");
+        let record = Name::Record { chain: payload.chain, digest: Digest::of(&signed(800_000).encode()) };
+        assert!(error.to_string().contains(record.path().to_str().unwrap()) && error.to_string().contains("1048576"), "{error}");
+        assert_eq!(sample.store.file_len(&record).unwrap(), None);
     }
 
     #[test]

@@ -133,8 +133,10 @@ impl Store {
             Err(error) if error.is_about_content() => {}
             Err(error) => return Err(error),
         }
+        let sealed = Envelope::seal(&root.encode(), key);
+        self.check_size(&root.name(), &sealed, MAX_ROOT)?;
         let mut temp = self.temp()?;
-        temp.write_all(&Envelope::seal(&root.encode(), key)).map_err(|error| StoreError::writing(temp.path(), error))?;
+        temp.write_all(&sealed).map_err(|error| StoreError::writing(temp.path(), error))?;
         let published = self.publish(temp, &root.name())?;
         if published == Published::Present {
             self.renew(&path);
@@ -273,6 +275,17 @@ mod tests {
 
     use super::*;
     use crate::store::sample::Sample;
+
+    #[test]
+    fn a_root_longer_than_readers_take_is_not_written() {
+        let sample = Sample::new();
+        let root = |config: usize| ImageRoot { config: RootConfig::new(&vec![0; config]), ..sample_root(&sample, "example.com/a:1") };
+        // As large as a configuration may be.
+        sample.store.put_image(&root(8 << 20), &sample.key).unwrap();
+        assert_eq!(sample.store.images().unwrap().len(), 1);
+        let error = sample.store.put_image(&root(10 << 20), &sample.key).unwrap_err();
+        assert!(matches!(error, StoreError::TooLarge { .. }), "{error}");
+    }
 
     #[test]
     fn images_are_listed_by_name_and_said_once() {
