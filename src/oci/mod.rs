@@ -46,7 +46,7 @@ pub use login::Logins;
 pub use platform::Platform;
 pub use push::Target;
 pub use reference::Reference;
-pub use source::{PlatformImage, Source, SourceImage, SourceImages, SourceLayer};
+pub use source::{ListedImage, PlatformImage, Source, SourceImage, SourceImages, SourceLayer};
 pub use verify::{VerifyError, VerifyReader};
 
 /// Why an image could not be read. Variants are what a caller can do about it.

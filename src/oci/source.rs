@@ -1,5 +1,6 @@
 //! Where images come from: a registry, a layout or an archive, with everything about the manifest verified.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use oci_spec::image::{Descriptor, ImageManifest};
@@ -46,13 +47,33 @@ pub struct SourceImage {
     pub layers: Vec<SourceLayer>,
 }
 
+/// Most images that an index may lead to, and most indexes. The largest in use have some twenty platforms; an index has room for 15 000 entries,
+/// and indexes may lead to indexes.
+const MAX_PLATFORMS: usize = 100;
+
 /// The images of a source for all Linux platforms.
 #[derive(Debug)]
 pub struct SourceImages {
     /// The index that leads to all of them, as it came. `None`: the source is a single manifest, or several entries of a layout.
     pub index: Option<Vec<u8>>,
     /// The images, in the order of the index.
-    pub images: Vec<PlatformImage>,
+    pub images: Vec<ListedImage>,
+}
+
+/// An image that an index leads to, unread.
+#[derive(Debug)]
+pub struct ListedImage {
+    /// What the index says of the platform, word for word.
+    stated: Option<Value>,
+    leaf: Leaf,
+}
+
+#[derive(Debug)]
+enum Leaf {
+    /// The source is this manifest.
+    Read(Box<ImageManifest>, Vec<u8>),
+    /// An index names it.
+    Named(Box<Descriptor>),
 }
 
 /// One image of a source that may have several.
@@ -68,6 +89,48 @@ pub struct PlatformImage {
 
 /// A descriptor from an index, and what that says of the platform.
 type Entry = (Descriptor, Option<Value>);
+
+/// What indexes lead to, each once: one index may be named in many places.
+#[derive(Default)]
+struct Leaves {
+    images: Vec<ListedImage>,
+    platforms: HashSet<Platform>,
+    /// Of images that no index states the platform of, and of indexes.
+    digests: HashSet<String>,
+    /// Indexes yet to be read.
+    indexes: Vec<Entry>,
+    indexes_seen: usize,
+}
+
+impl Leaves {
+    fn add(&mut self, source: &Source, entries: Vec<Entry>) -> Result<(), OciError> {
+        for (entry, stated) in entries {
+            match manifest::purpose(&entry) {
+                Purpose::Image => self.add_image(entry, stated),
+                Purpose::Index if self.digests.insert(entry.digest().to_string()) => {
+                    self.indexes_seen += 1;
+                    self.indexes.push((entry, stated));
+                }
+                Purpose::Index | Purpose::Other => {}
+            }
+            if self.images.len().max(self.indexes_seen) > MAX_PLATFORMS {
+                let reason = format!("it leads to more than {MAX_PLATFORMS} images or indexes; choose one of them with --platform");
+                return Err(OciError::Unsupported { what: source.name(), reason });
+            }
+        }
+        Ok(())
+    }
+
+    fn add_image(&mut self, entry: Descriptor, stated: Option<Value>) {
+        let is_new = match manifest::platform_of(&entry) {
+            Some(platform) => self.platforms.insert(platform),
+            None => self.digests.insert(entry.digest().to_string()),
+        };
+        if is_new {
+            self.images.push(ListedImage { stated, leaf: Leaf::Named(Box::new(entry)) });
+        }
+    }
+}
 
 /// One layer as manifest and configuration describe it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -125,83 +188,82 @@ impl Source {
         Err(self.too_deep())
     }
 
-    /// The images for all Linux platforms, in the order of the index; what is no image is left out. An image that cannot be read does not
-    /// keep the others from being given.
-    pub async fn resolve_all(&self) -> Result<SourceImages, OciError> {
-        let mut indexes: Vec<Vec<Entry>> = Vec::new();
+    /// The images for all Linux platforms, in the order of the index, each platform once; what is no image is left out. Only indexes are read:
+    /// the images themselves when their turn comes, see [`Source::resolve_one`].
+    pub async fn list_all(&self) -> Result<SourceImages, OciError> {
+        let mut leaves = Leaves::default();
         let (mut top, mut is_layout_of_one) = (None, false);
         match self {
             Source::Layout(layout) => {
                 let entries: Vec<Entry> = layout.entries().await?.into_iter().map(|entry| (entry, None)).collect();
                 is_layout_of_one = entries.len() == 1;
-                indexes.push(entries);
+                leaves.add(self, entries)?;
             }
             _ => {
                 let (media_type, bytes) = self.root(&Platform::host()).await?;
                 match Document::parse(&self.manifest_name(), media_type.as_deref(), &bytes)? {
                     Document::Index(index) => {
-                        indexes.push(manifest::entries(&index, &bytes));
+                        leaves.add(self, manifest::entries(&index, &bytes))?;
                         top = Some(bytes);
                     }
                     Document::Manifest(manifest) => {
-                        let image = self.image(&manifest, bytes, None, None).await;
-                        let platform = image.as_ref().map(|image| image.platform.clone()).ok();
-                        return Ok(SourceImages { index: None, images: vec![PlatformImage { platform, stated: None, image }] });
+                        let only = ListedImage { stated: None, leaf: Leaf::Read(manifest, bytes) };
+                        return Ok(SourceImages { index: None, images: vec![only] });
                     }
                 }
             }
         }
-        let mut leaves: Vec<Entry> = Vec::new();
-        for _ in 0..MAX_DEPTH {
-            let mut below = Vec::new();
-            for (entry, stated) in indexes.into_iter().flatten() {
-                match manifest::purpose(&entry) {
-                    Purpose::Image => leaves.push((entry, stated)),
-                    Purpose::Index => {
-                        let (media_type, bytes) = self.manifest(&entry).await?;
-                        match Document::parse(&self.manifest_name(), media_type.as_deref(), &bytes)? {
-                            Document::Index(index) => {
-                                below.push(manifest::entries(&index, &bytes));
-                                // What leads to it is the layout's own list.
-                                top = top.or(is_layout_of_one.then_some(bytes));
-                            }
-                            Document::Manifest(_) => leaves.push((entry, stated)),
-                        }
-                    }
-                    Purpose::Other => {}
-                }
-            }
-            indexes = below;
-        }
-        if !indexes.is_empty() {
-            return Err(self.too_deep());
-        }
-        Ok(SourceImages { index: top, images: self.images(leaves).await? })
-    }
-
-    /// The images of manifests, each platform once.
-    async fn images(&self, leaves: Vec<Entry>) -> Result<Vec<PlatformImage>, OciError> {
-        let mut found: Vec<PlatformImage> = Vec::new();
-        for (entry, in_its_words) in leaves {
-            let stated = manifest::platform_of(&entry);
-            let read = async {
+        for _ in 1..MAX_DEPTH {
+            for (entry, stated) in std::mem::take(&mut leaves.indexes) {
                 let (media_type, bytes) = self.manifest(&entry).await?;
                 match Document::parse(&self.manifest_name(), media_type.as_deref(), &bytes)? {
-                    Document::Manifest(manifest) => self.image(&manifest, bytes, stated.clone(), None).await,
-                    Document::Index(_) => Err(self.too_deep()),
+                    Document::Index(index) => {
+                        leaves.add(self, manifest::entries(&index, &bytes))?;
+                        // What leads to it is the layout's own list.
+                        top = top.or(is_layout_of_one.then_some(bytes));
+                    }
+                    Document::Manifest(_) => leaves.add_image(entry, stated),
                 }
-            };
-            let image = read.await;
-            let platform = image.as_ref().map(|image| image.platform.clone()).ok().or(stated);
-            let is_other = platform.as_ref().is_some_and(|platform| platform.os != "linux");
-            if !is_other && (platform.is_none() || found.iter().all(|other| other.platform != platform)) {
-                found.push(PlatformImage { platform, stated: in_its_words, image });
             }
         }
-        if found.is_empty() {
-            return Err(OciError::Unsupported { what: self.name(), reason: "it has no image for Linux".to_owned() });
+        if !leaves.indexes.is_empty() {
+            return Err(self.too_deep());
         }
-        Ok(found)
+        if leaves.images.is_empty() {
+            return Err(self.not_for_linux());
+        }
+        Ok(SourceImages { index: top, images: leaves.images })
+    }
+
+    /// One of the images, with manifest and configuration verified and every layer named. `None`: its configuration says that it is not for Linux.
+    pub async fn resolve_one(&self, listed: ListedImage) -> Option<PlatformImage> {
+        let ListedImage { stated: in_its_words, leaf } = listed;
+        let (stated, image) = match leaf {
+            Leaf::Read(manifest, bytes) => (None, self.image(&manifest, bytes, None, None).await),
+            Leaf::Named(entry) => {
+                let stated = manifest::platform_of(&entry);
+                let read = async {
+                    let (media_type, bytes) = self.manifest(&entry).await?;
+                    match Document::parse(&self.manifest_name(), media_type.as_deref(), &bytes)? {
+                        Document::Manifest(manifest) => self.image(&manifest, bytes, stated.clone(), None).await,
+                        Document::Index(_) => Err(self.too_deep()),
+                    }
+                };
+                let image = read.await;
+                let is_other = image.as_ref().is_ok_and(|image| image.platform.os != "linux");
+                if is_other {
+                    return None;
+                }
+                (stated, image)
+            }
+        };
+        let platform = image.as_ref().map(|image| image.platform.clone()).ok().or(stated);
+        Some(PlatformImage { platform, stated: in_its_words, image })
+    }
+
+    /// Fails a search that found no image.
+    pub fn not_for_linux(&self) -> OciError {
+        OciError::Unsupported { what: self.name(), reason: "it has no image for Linux".to_owned() }
     }
 
     /// The image of a manifest: for the platform its index states, or `wanted`, or the one its configuration tells.

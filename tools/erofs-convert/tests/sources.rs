@@ -266,6 +266,40 @@ fn all_linux_platforms_are_converted_and_nothing_else() {
 }
 
 #[test]
+fn an_index_of_more_than_anybody_builds_is_refused_before_anything_is_read() {
+    let ground = Ground::new("many-platforms");
+    ground.layout.add_index("1", &[small("amd64")]).unwrap();
+    let entry = |number: usize| {
+        // None of these has a manifest: to look would be to fail in another way.
+        let platform = json!({"os": "linux", "architecture": format!("made-up-{number}")});
+        json!({"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": format!("sha256:{number:064}"), "size": 1, "platform": platform})
+    };
+    extend_index(&ground, &(0..100).map(entry).collect::<Vec<_>>());
+    let run = ground.run(&["convert", "oci:img:1", "--all-platforms"]);
+    run.assert_failed(1, &["img:1", "more than 100 images", "--platform"]);
+    ground.assert_nothing_made();
+}
+
+#[test]
+fn an_image_or_index_that_is_named_often_is_taken_once() {
+    let ground = Ground::new("named-often");
+    ground.layout.add_index("1", &[small("amd64").architecture("amd64")]).unwrap();
+    let path = ground.layout.path().join("index.json");
+    let inner: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let inner = inner["manifests"][0].clone();
+    let entries = |ground: &Ground| {
+        let top: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let index = fs::read(ground.layout.blob(top["manifests"][0]["digest"].as_str().unwrap())).unwrap();
+        serde_json::from_slice::<Value>(&index).unwrap()["manifests"].clone()
+    };
+    let image = entries(&ground)[0].clone();
+    let index = json!({"mediaType": "application/vnd.oci.image.index.v1+json", "digest": inner["digest"], "size": inner["size"]});
+    extend_index(&ground, &[vec![index; 200], vec![image; 200]].concat());
+    let done = assert_done(&ground.run(&["convert", "oci:img:1", "--all-platforms", "--json"]));
+    assert_eq!((done.as_array().unwrap().len(), &done[0]["platform"]), (1, &json!("linux/amd64")));
+}
+
+#[test]
 fn an_image_without_an_index_is_one_platform() {
     let ground = Ground::new("one-platform");
     let built = ground.layout.add("1", &small("x").architecture("riscv64")).unwrap();

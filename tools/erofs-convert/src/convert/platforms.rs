@@ -39,10 +39,15 @@ pub struct AllConverted {
 /// converted.
 pub fn convert_all(context: &Context<'_>, options: &Options) -> Result<AllConverted, Failure> {
     needs_new_store(options)?;
-    let SourceImages { index, images } = stop::wait(context.runtime, context.stop, options.source.resolve_all())??;
-    let mut outcomes = Vec::new();
-    for PlatformImage { platform, stated, image } in images {
+    let SourceImages { index, images } = stop::wait(context.runtime, context.stop, options.source.list_all())??;
+    let mut outcomes: Vec<Outcome> = Vec::new();
+    for listed in images {
         let started = Instant::now();
+        let resolved = stop::wait(context.runtime, context.stop, options.source.resolve_one(listed))?;
+        let Some(PlatformImage { platform, stated, image }) = resolved else { continue };
+        if platform.is_some() && outcomes.iter().any(|other| other.platform == platform) {
+            continue;
+        }
         let result = match image {
             Ok(image) => convert_image(context, options, image, started, Under::Digest),
             Err(error) => Err(error.into()),
@@ -51,6 +56,9 @@ pub fn convert_all(context: &Context<'_>, options: &Options) -> Result<AllConver
             Err(Failure::Stopped) if context.stop.is_cancelled() => return Err(Failure::Stopped),
             result => outcomes.push(Outcome { platform, stated, result }),
         }
+    }
+    if outcomes.is_empty() {
+        return Err(options.source.not_for_linux().into());
     }
     let mut all = AllConverted { outcomes, target: options.target.as_ref().map(|target| target.reference.to_string()), index: None };
     if let Some(target) = &options.target
