@@ -6,6 +6,7 @@ mod world;
 use std::fs;
 use std::os::unix::fs::FileExt;
 
+use slipway::store::Store;
 use testbed::{Compression, Containerd, Image, Registry, SlipwaydConfig, Snapshotter, need, noise, require};
 use world::{World, assert_same_tree, store_files};
 
@@ -68,9 +69,8 @@ fn a_compact_target_starts_lazily_where_the_store_is_and_is_refused_elsewhere() 
     let args = ["--target", &target, "--target-kind", "compact", "--json"];
     let done = world.converter.command(&source, &world.store).expect("a converter").args(args).output().expect("a conversion");
     assert!(done.status.success(), "{done:?}");
-    let kept = testbed::run("cat", [store_files(&world.store.join("images"), ".json")[0].clone()]).expect("an image root");
-    let kept: serde_json::Value = serde_json::from_str(&kept).expect("JSON");
-    let chain = format!("sha256:{}", kept["compact"][0].as_str().expect("the compact image's chain"));
+    let listed = Store::open(&world.store).and_then(|store| store.images()).expect("a list");
+    let chain = listed[0].as_ref().expect("an image root").compact[0].oci();
     let plain = world.plain_tree(&source, &built);
 
     // Nothing but the two documents comes from the registry: not even the layer.
