@@ -169,6 +169,17 @@ impl Store {
         read_bounded(open::regular(&self.root, path, &shown)?, max, &shown)
     }
 
+    /// The names in a directory, see [`open::names`]; none, with a warning, if something else is in its place or it holds far too many.
+    fn names_passing_over(&self, dir: &Path) -> Result<Vec<String>, StoreError> {
+        match open::names(&self.root, dir, &self.shown(dir)) {
+            Err(error) if error.is_about_content() => {
+                tracing::warn!(%error, "passing over what is no directory of the store's");
+                Ok(Vec::new())
+            }
+            names => names,
+        }
+    }
+
     /// `path` with the store's directory before it, for messages.
     fn shown(&self, path: &Path) -> PathBuf {
         self.dir.join(path)

@@ -14,9 +14,9 @@ use std::thread;
 use erofs::digest::Digest;
 use erofs::meta::PackRef;
 
-use super::record::{LayerFiles, Payload, open_record};
+use super::record::{LayerFiles, Payload};
 use super::trust::Trust;
-use super::{MAX_JSON, Name, Store, StoreError, layout, open};
+use super::{Name, Store, StoreError};
 use crate::oci::{ChainId, DiffId};
 
 /// Files read at once: on a network each costs a few round trips, and there are two for every image.
@@ -73,24 +73,7 @@ impl Store {
 
     /// What trusted records that are in use say of a chain.
     fn vouched(&self, chain: &ChainId, trust: &Trust) -> Result<Vec<Payload>, StoreError> {
-        let dir = layout::records_of(chain);
-        let names = open::names(&self.root, &dir, &self.shown(&dir))?;
-        let mut payloads = Vec::new();
-        for digest in names.iter().filter_map(|name| name.strip_suffix(".json")?.parse::<Digest>().ok()) {
-            if names.binary_search(&layout::tombstone(&digest)).is_ok() {
-                continue;
-            }
-            match self.read_small(&Name::Record { chain: *chain, digest }.path(), MAX_JSON) {
-                Ok(bytes) => match open_record(&bytes, trust) {
-                    Ok((payload, name)) if name == digest && payload.chain == *chain => payloads.push(payload),
-                    Ok(_) => tracing::debug!(%chain, record = %digest, "passing over a record that lies under another's name"),
-                    Err(fault) => tracing::debug!(%chain, record = %digest, %fault, "passing over a record"),
-                },
-                Err(error) if error.is_about_content() => tracing::debug!(%chain, record = %digest, %error, "passing over a record"),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(payloads)
+        self.signed_records(chain, trust)?.map(|found| Ok(found?.payload)).collect()
     }
 }
 
@@ -113,8 +96,8 @@ mod tests {
 
     use super::*;
     use crate::oci::Sha256;
-    use crate::store::ImageRoot;
     use crate::store::sample::{Sample, layers};
+    use crate::store::{ImageRoot, layout};
 
     /// Publishes an image with its root; gives its top payload.
     fn image(sample: &Sample, name: &str) -> Payload {
@@ -146,6 +129,29 @@ mod tests {
         }
         assert_eq!(reach.packs().count(), images.len());
         assert_eq!(reach.files(&DiffId(Sha256::of(b"unknown"))).count(), 0);
+    }
+
+    #[test]
+    fn what_is_no_directory_keeps_nothing_else_from_being_reached() {
+        let sample = Sample::new();
+        let good = image(&sample, "example.com/good");
+        let only_good = sample.store.reach(&sample.trust()).unwrap();
+        // In the place of a chain, of all chains that begin alike, and of image roots.
+        for (name, up, linked) in [("file", 0, false), ("link", 0, true), ("files", 1, false), ("links", 1, true), ("roots", 3, true)] {
+            let payload = image(&sample, &format!("example.com/{name}"));
+            let records = sample.store.dir().join(layout::records_of(&payload.chain));
+            let roots = sample.store.dir().join(root(&format!("example.com/{name}"), &payload).name().path());
+            let place = if up == 3 { roots.parent().unwrap() } else { records.ancestors().nth(up).unwrap() };
+            assert!(!sample.store.dir().join(layout::records_of(&good.chain)).starts_with(place), "another name would do");
+            fs::remove_dir_all(place).unwrap();
+            if linked {
+                std::os::unix::fs::symlink("/etc", place).unwrap()
+            } else {
+                fs::write(place, b"").unwrap()
+            }
+            assert_eq!(sample.store.reach(&sample.trust()).unwrap(), only_good, "{name}");
+            assert_eq!(sample.store.find(&payload.chain, &sample.trust()).unwrap().is_some(), up == 3, "{name}");
+        }
     }
 
     #[test]

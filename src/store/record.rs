@@ -34,7 +34,7 @@ use super::envelope::{Envelope, Unproven};
 use super::key::{KeyId, SigningKey};
 use super::publish::Published;
 use super::trust::Trust;
-use super::{MAX_JSON, Name, Store, StoreError, layout, open, text};
+use super::{MAX_JSON, Name, Store, StoreError, layout, text};
 use crate::oci::{ChainId, DiffId, chain_ids};
 
 /// Packs an image may refer to: each is a device of its mount.
@@ -268,12 +268,34 @@ impl Store {
         chain: &'a ChainId,
         trust: &'a Trust,
     ) -> Result<impl Iterator<Item = Result<Found, StoreError>> + use<'a>, StoreError> {
-        let dir = layout::records_of(chain);
-        let names = open::names(&self.root, &dir, &self.shown(&dir))?;
+        let usable = |found: Result<Found, StoreError>| match found.and_then(|found| Ok((self.why_not(&found.payload)?, found))) {
+            Ok((None, found)) => Some(Ok(found)),
+            Ok((Some(reason), found)) => {
+                tracing::debug!(chain = %found.payload.chain, reason, "passing over a record");
+                None
+            }
+            Err(error) if error.is_about_content() => {
+                tracing::debug!(%error, "passing over a record");
+                None
+            }
+            Err(error) => Some(Err(error)),
+        };
+        Ok(self.signed_records(chain, trust)?.filter_map(usable))
+    }
+
+    /// All records of `chain` that `trust` vouches for and that are not tombstoned, names in byte order, whether or not they are of use here.
+    ///
+    /// Errors are trouble in reaching the store only: what someone put in a record's place must not keep others from being found.
+    pub(super) fn signed_records<'a>(
+        &'a self,
+        chain: &'a ChainId,
+        trust: &'a Trust,
+    ) -> Result<impl Iterator<Item = Result<Found, StoreError>> + use<'a>, StoreError> {
+        let names = self.names_passing_over(&layout::records_of(chain))?;
         let tombstoned = |digest: &Digest| names.binary_search(&layout::tombstone(digest)).is_ok();
         let digests = names.iter().filter_map(|name| name.strip_suffix(".json")?.parse::<Digest>().ok());
         let digests: Vec<Digest> = digests.filter(|digest| !tombstoned(digest)).collect();
-        Ok(digests.into_iter().filter_map(move |digest| match self.consider(chain, &digest, trust) {
+        Ok(digests.into_iter().filter_map(move |digest| match self.signed_record(chain, &digest, trust) {
             Ok(Ok(found)) => Some(Ok(found)),
             Ok(Err(reason)) => {
                 tracing::debug!(%chain, record = %digest, reason, "passing over a record");
@@ -287,25 +309,27 @@ impl Store {
         }))
     }
 
-    /// One record: usable, or the reason why it is not.
-    fn consider(&self, chain: &ChainId, digest: &Digest, trust: &Trust) -> Result<Result<Found, String>, StoreError> {
+    /// One record, or the reason why it is not to be believed.
+    fn signed_record(&self, chain: &ChainId, digest: &Digest, trust: &Trust) -> Result<Result<Found, String>, StoreError> {
         let record = self.read_small(&Name::Record { chain: *chain, digest: *digest }.path(), MAX_JSON)?;
-        let (payload, name) = match open_record(&record, trust) {
-            Ok(opened) => opened,
-            Err(fault) => return Ok(Err(fault.to_string())),
-        };
-        if name != *digest || payload.chain != *chain {
-            return Ok(Err("it lies under another record's name".to_owned()));
-        }
+        Ok(match open_record(&record, trust) {
+            Ok((payload, name)) if name == *digest && payload.chain == *chain => Ok(Found { payload, record }),
+            Ok(_) => Err("it lies under another record's name".to_owned()),
+            Err(fault) => Err(fault.to_string()),
+        })
+    }
+
+    /// Why a chain cannot be used as this payload says, if so.
+    fn why_not(&self, payload: &Payload) -> Result<Option<String>, StoreError> {
         if payload.fold_version != FOLD_VERSION {
-            return Ok(Err(format!("its fold version {} is not known", payload.fold_version)));
+            return Ok(Some(format!("its fold version {} is not known", payload.fold_version)));
         }
         for needed in payload.needs() {
             if self.file_len(&needed)?.is_none() {
-                return Ok(Err(format!("{} is missing", needed.path().display())));
+                return Ok(Some(format!("{} is missing", needed.path().display())));
             }
         }
-        Ok(Ok(Found { payload, record }))
+        Ok(None)
     }
 }
 

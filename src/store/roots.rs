@@ -229,17 +229,14 @@ impl Store {
         Ok((read_bounded(file, max, &shown)?, modified))
     }
 
-    /// Paths of what lies `depth` directories below `dir`. What is no directory on the way down is passed over.
+    /// Paths of what lies `depth` directories below `dir`. What is no directory on the way down is passed over, with a warning: so this says
+    /// what there is, never what there is not.
     pub(super) fn files_below(&self, dir: &Path, depth: usize) -> Result<Vec<PathBuf>, StoreError> {
         let mut dirs = vec![dir.to_owned()];
         for _ in 0..=depth {
             let mut next = Vec::new();
             for dir in &dirs {
-                match open::names(&self.root, dir, &self.shown(dir)) {
-                    Ok(names) => next.extend(names.iter().map(|name| dir.join(name))),
-                    Err(StoreError::Foreign { .. }) => {}
-                    Err(error) => return Err(error),
-                }
+                next.extend(self.names_passing_over(dir)?.iter().map(|name| dir.join(name)));
             }
             dirs = next;
         }
