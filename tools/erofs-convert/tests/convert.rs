@@ -155,6 +155,26 @@ fn layers_in_the_store_are_not_read_again() {
 }
 
 #[test]
+fn other_images_records_are_looked_at_only_for_layers_that_are_missing_and_need_not_be_in_order() {
+    let ground = Ground::new("others");
+    for (tag, seed) in [("1", 1), ("2", 2), ("3", 3)] {
+        ground.layout.add(tag, &Image::new().layer(&Layer::new([Entry::file("a", noise(seed, 300_000))]), Compression::Gzip)).unwrap();
+    }
+    ground.convert("oci:img:1");
+    let chain = ground.convert("oci:img:2")["chain"].as_str().unwrap().trim_start_matches("sha256:").to_owned();
+    let place = ground.store().join("chains").join(&chain[..2]).join(&chain);
+    fs::remove_dir_all(&place).unwrap();
+    fs::write(&place, b"not a directory").unwrap();
+    let warned = |source: &str| {
+        let run = ground.run(&["convert", source]);
+        assert_eq!(run.code, 0, "{}", run.err);
+        run.err.contains(place.to_str().unwrap())
+    };
+    assert!(!warned("oci:img:1"), "all its layers are there");
+    assert!(warned("oci:img:3"), "what is in the way is named");
+}
+
+#[test]
 fn what_is_damaged_in_the_store_is_made_again() {
     let ground = Ground::new("repair");
     ground.layout.add("1", &everything()).unwrap();

@@ -142,8 +142,7 @@ fn convert_image(context: &Context<'_>, options: &Options, image: SourceImage, s
         context.progress.say(&format!("made a new store in {}", store.dir().display()));
     }
     let trust = Trust(vec![key.public()]);
-    let reach = store.reach(&trust)?;
-    let mut finished = reuse::find(&store, &journal, &trust, &reach, &image)?;
+    let (mut finished, reach) = reuse::find(&store, &journal, &trust, &image)?;
     let todo = missing_layers(&image, &finished);
     context.progress.say(&format!("{} of {} layers are in the store", image.layers.len() - todo.len(), image.layers.len()));
     // A failing layer stops the others, but the user's own token stays as it is.

@@ -15,14 +15,9 @@ use crate::failure::Failure;
 use crate::journal::Journal;
 use crate::pack_file::PackFile;
 
-/// The layers of `image` that the store has; `reach` is what trusted records of all its images name.
-pub(super) fn find(
-    store: &Store,
-    journal: &Journal,
-    trust: &Trust,
-    reach: &Reach,
-    image: &SourceImage,
-) -> Result<HashMap<DiffId, Finished>, Failure> {
+/// The layers of `image` that the store has, and, unless these are all, what trusted records of all the store's images name: to look through
+/// them costs a few round trips for each image.
+pub(super) fn find(store: &Store, journal: &Journal, trust: &Trust, image: &SourceImage) -> Result<(HashMap<DiffId, Finished>, Reach), Failure> {
     let mut finished = HashMap::new();
     // The highest chain with a record names the files of every layer below, unless the record is from before there were framings.
     for top in (0..image.layers.len()).rev() {
@@ -32,6 +27,10 @@ pub(super) fn find(
         }
         break;
     }
+    if image.layers.iter().all(|layer| finished.contains_key(&layer.diff_id)) {
+        return Ok((finished, Reach::default()));
+    }
+    let reach = store.reach(trust)?;
     for layer in &image.layers {
         for files in reach.files(&layer.diff_id) {
             add(store, &mut finished, layer.diff_id, files)?;
@@ -40,7 +39,7 @@ pub(super) fn find(
             add(store, &mut finished, layer.diff_id, files)?;
         }
     }
-    Ok(finished)
+    Ok((finished, reach))
 }
 
 fn add(store: &Store, finished: &mut HashMap<DiffId, Finished>, diff_id: DiffId, files: LayerFiles) -> Result<(), Failure> {
