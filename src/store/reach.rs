@@ -1,14 +1,18 @@
 //! What the store's images vouch for: layers by diff ID, and packs, as far as trusted records name them.
 //!
-//! The walk begins at the image roots and not in `chains/`. A root leads to the one record that names everything of its image, where
-//! `chains/` has a record for every prefix; and what a root reaches is what stays in the store, while records that no root leads to are on their
-//! way out. A root is not signed and only says where to look: what is believed are the signed records of the chain it names.
+//! The walk begins at the image roots and not in `chains/`. A root leads to the record that names all layers of its image and the packs of its metadata,
+//! where `chains/` has a record for every prefix; and what a root reaches is what stays in the store, while records that no root leads to are on their
+//! way out. Whoever signed a root, it only says where to look: what is believed are the signed records of the chain it names.
+//!
+//! Packs that no file of the image is in any more, since a layer above replaced those files, are in the layers' trees and framings only, and
+//! not reached here: not all that must stay is.
 //!
 //! Records that cannot be read, are tombstoned, or that no trusted key signed are passed over. Of any fold version are good: trees and packs do not
 //! depend on it. Whether what a record names is still there, and whole, shows when it is used.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::thread;
 
 use erofs::digest::Digest;
@@ -40,22 +44,27 @@ impl Reach {
         self.packs.values()
     }
 
-    fn add(&mut self, payload: &Payload) {
-        for (diff_id, files) in payload.layers() {
+    fn add(&mut self, payload: &Payload, wanted: &BTreeSet<DiffId>) {
+        for (diff_id, files) in payload.layers().filter(|(diff_id, _)| wanted.contains(diff_id)) {
             self.layers.entry(diff_id).or_default().insert(files);
         }
         for pack in &payload.packs {
-            // Should records disagree on its length, all but one are wrong; who opens the pack goes by its footer.
-            self.packs.entry(pack.digest).or_insert(*pack);
+            // Should records disagree on its length, all but one are wrong, and who opens the pack goes by its footer; one is chosen that does not
+            // depend on which record was read first.
+            let size = |pack: &PackRef| (pack.blocks, pack.unit_bits.bytes());
+            let known = self.packs.entry(pack.digest).or_insert(*pack);
+            if size(pack) < size(known) {
+                *known = *pack;
+            }
         }
     }
 }
 
 impl Store {
-    /// Layers and packs that records of the store's images name, as far as `trust` vouches for the records.
+    /// Those of the layers `wanted` and all packs that records of the store's images name, as far as `trust` vouches for the records.
     ///
     /// Errors are trouble in reaching the store only.
-    pub fn reach(&self, trust: &Trust) -> Result<Reach, StoreError> {
+    pub fn reach(&self, trust: &Trust, wanted: &BTreeSet<DiffId>) -> Result<Reach, StoreError> {
         let mut roots = self.files_below(Path::new("images"), 2)?;
         roots.retain(|path| matches!(path.to_str().and_then(Name::parse), Some(Name::Image { .. })));
         let chains = at_once(&roots, |path: &PathBuf| match self.read_root(path) {
@@ -64,11 +73,15 @@ impl Store {
             Err(error) => Err(error),
         })?;
         let chains: Vec<ChainId> = chains.into_iter().flatten().collect::<BTreeSet<_>>().into_iter().collect();
-        let mut reach = Reach::default();
-        for payload in at_once(&chains, |chain| self.vouched(chain, trust))?.iter().flatten() {
-            reach.add(payload);
-        }
-        Ok(reach)
+        // Taken up as they come: the records of a large store are too much to have all at once.
+        let reach = Mutex::<Reach>::default();
+        at_once(&chains, |chain| {
+            let payloads = self.vouched(chain, trust)?;
+            let mut reach = reach.lock().expect("no panic while it is held");
+            payloads.iter().for_each(|payload| reach.add(payload, wanted));
+            Ok(())
+        })?;
+        Ok(reach.into_inner().expect("no panic while it is held"))
     }
 
     /// What trusted records that are in use say of a chain.
@@ -118,12 +131,14 @@ mod tests {
     #[test]
     fn layers_and_packs_of_every_image_are_reached() {
         let sample = Sample::new();
-        assert_eq!(sample.store.reach(&sample.trust()).unwrap(), Reach::default());
+        assert_eq!(sample.store.reach(&sample.trust(), &BTreeSet::new()).unwrap(), Reach::default());
         let images: Vec<Payload> = (0..40).map(|i| image(&sample, &format!("example.com/{i}"))).collect();
-        let reach = sample.store.reach(&sample.trust()).unwrap();
-        for payload in &images {
+        let wanted = images[..20].iter().flat_map(|payload| payload.layers()).map(|(diff_id, _)| diff_id).collect();
+        let reach = sample.store.reach(&sample.trust(), &wanted).unwrap();
+        for (number, payload) in images.iter().enumerate() {
             for (diff_id, files) in payload.layers() {
-                assert_eq!(reach.files(&diff_id).collect::<Vec<_>>(), [files]);
+                let expected = if number < 20 { vec![files] } else { Vec::new() };
+                assert_eq!(reach.files(&diff_id).collect::<Vec<_>>(), expected, "only layers that were asked for");
             }
             assert!(reach.packs().any(|pack| *pack == payload.packs[0]));
         }
@@ -135,7 +150,7 @@ mod tests {
     fn what_is_no_directory_keeps_nothing_else_from_being_reached() {
         let sample = Sample::new();
         let good = image(&sample, "example.com/good");
-        let only_good = sample.store.reach(&sample.trust()).unwrap();
+        let only_good = sample.store.reach(&sample.trust(), &BTreeSet::new()).unwrap();
         // In the place of a chain, of all chains that begin alike, and of image roots.
         for (name, up, linked) in [("file", 0, false), ("link", 0, true), ("files", 1, false), ("links", 1, true), ("roots", 3, true)] {
             let payload = image(&sample, &format!("example.com/{name}"));
@@ -149,7 +164,7 @@ mod tests {
             } else {
                 fs::write(place, b"").unwrap()
             }
-            assert_eq!(sample.store.reach(&sample.trust()).unwrap(), only_good, "{name}");
+            assert_eq!(sample.store.reach(&sample.trust(), &BTreeSet::new()).unwrap(), only_good, "{name}");
             assert_eq!(sample.store.find(&payload.chain, &sample.trust()).unwrap().is_some(), up == 3, "{name}");
         }
     }
@@ -158,7 +173,8 @@ mod tests {
     fn what_no_trusted_record_in_use_names_is_not_reached() {
         let sample = Sample::new();
         let good = image(&sample, "example.com/good");
-        let names = |sample: &Sample| sample.store.reach(&sample.trust()).unwrap().packs().map(|pack| pack.digest).collect::<Vec<_>>();
+        let names =
+            |sample: &Sample| sample.store.reach(&sample.trust(), &BTreeSet::new()).unwrap().packs().map(|pack| pack.digest).collect::<Vec<_>>();
         let only_good = [good.packs[0].digest];
         // Records without a root.
         sample.publish(&layers("example.com/no-root", 2));
@@ -182,6 +198,6 @@ mod tests {
         fs::create_dir(&record).unwrap();
         fs::write(sample.store.dir().join("images/README"), b"").unwrap();
         assert_eq!(names(&sample), only_good);
-        assert_eq!(sample.store.reach(&Trust(Vec::new())).unwrap(), Reach::default());
+        assert_eq!(sample.store.reach(&Trust(Vec::new()), &BTreeSet::new()).unwrap(), Reach::default());
     }
 }

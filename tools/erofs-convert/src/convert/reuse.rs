@@ -30,7 +30,7 @@ pub(super) fn find(store: &Store, journal: &Journal, trust: &Trust, image: &Sour
     if image.layers.iter().all(|layer| finished.contains_key(&layer.diff_id)) {
         return Ok((finished, Reach::default()));
     }
-    let reach = store.reach(trust)?;
+    let reach = store.reach(trust, &image.layers.iter().map(|layer| layer.diff_id).collect())?;
     for layer in &image.layers {
         for files in reach.files(&layer.diff_id) {
             add(store, &mut finished, layer.diff_id, files)?;
