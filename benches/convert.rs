@@ -134,8 +134,8 @@ impl Floor {
     fn measure(image: &DemoImage) -> Result<Floor> {
         let mut floor = Floor::default();
         let mut seen = HashSet::new();
-        // What is measured is hashing and inflating: layers are read from a page cache with room for them, or the kernel's work of making
-        // room is counted too (12 s in place of 3 for the digests, after a run that left it full).
+        // What is measured is hashing and inflating: layers are read from the page cache, or reading them from the disk is counted too (once
+        // 12 s in place of 3 for the digests).
         drop_caches()?;
         for layer in &image.layers {
             std::io::copy(&mut File::open(&layer.file)?, &mut std::io::sink())?;

@@ -119,6 +119,7 @@ mod tests {
     fn a_stage_counts_its_own_time_and_not_that_of_those_within() {
         const MS: Duration = Duration::from_millis(1);
         let stages = Stages::default();
+        let begun = thread_time();
         stages.time(Stage::Unpack, || {
             compute(4 * MS);
             stages.time(Stage::BlobDigest, || {
@@ -127,10 +128,14 @@ mod tests {
                 stages.time(Stage::Fetch, || compute(20 * MS));
             });
         });
+        let all = thread_time() - begun;
+        let mut sum = Duration::ZERO;
         for (stage, least) in [(Stage::Unpack, 4), (Stage::BlobDigest, 10), (Stage::Fetch, 40)] {
-            let sum = stages.sum(stage);
-            assert!(sum >= least * MS && sum < 2 * least * MS, "{stage:?}: {sum:?}");
+            assert!(stages.sum(stage) >= least * MS, "{stage:?}: {:?}", stages.sum(stage));
+            sum += stages.sum(stage);
         }
+        // What is counted twice comes to more than there was, however busy the machine.
+        assert!(sum <= all, "{sum:?} of {all:?}");
         assert_eq!(stages.sum(Stage::Cut), Duration::ZERO);
     }
 
